@@ -1,0 +1,63 @@
+#include "core/cpu_level.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fastweights {
+namespace {
+
+CpuLevel detect() noexcept {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  return bf16 ? CpuLevel::avx512_bf16 : avx512 ? CpuLevel::avx512 : avx2 ? CpuLevel::avx2 : CpuLevel::baseline;
+#else
+  return CpuLevel::baseline;
+#endif
+}
+
+int find(const char* name) noexcept {
+  for (int i = 0; i <= static_cast<int>(best_cpu_level()); ++i) {
+    if (std::strcmp(name, kCpuLevelNames[i]) == 0) return i;
+  }
+  return -1;
+}
+
+// An unusable FASTWEIGHTS_CPU_LEVEL is reported by the Python module, which sets it again at import.
+std::atomic<int>& current() noexcept {
+  static std::atomic<int> level = [] {
+    const char* forced = std::getenv("FASTWEIGHTS_CPU_LEVEL");
+    const int found = forced ? find(forced) : -1;
+    return found >= 0 ? found : static_cast<int>(best_cpu_level());
+  }();
+  return level;
+}
+
+}  // namespace
+CpuLevel best_cpu_level() noexcept {
+  static const CpuLevel best = detect();
+  return best;
+}
+
+CpuLevel cpu_level() noexcept {
+  return static_cast<CpuLevel>(current().load(std::memory_order_relaxed));
+}
+
+void set_cpu_level(const char* name) {
+  const int found = find(name);
+  if (found < 0) {
+    std::string allowed;
+    for (int i = 0; i <= static_cast<int>(best_cpu_level()); ++i)
+      allowed += std::string(i ? ", " : "") + kCpuLevelNames[i];
+    throw std::runtime_error("cpu_level: expected one of " + allowed + " on this machine, got '" + name + "'");
+  }
+  current().store(found, std::memory_order_relaxed);
+}
+
+}  // namespace fastweights

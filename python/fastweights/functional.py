@@ -1,0 +1,3 @@
+"""Every op, flat: `fastweights.functional.<op>`."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Every module, flat: `fastweights.nn.<Module>`."""
+
+__all__: list[str] = []
