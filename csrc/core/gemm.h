@@ -44,7 +44,7 @@ FW_INLINE void gemm_tile(int64_t K, const T* A, int64_t am, int64_t ak, const T*
 }
 
 template <typename T, int MR>
-static void gemm_rows(int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
+static __attribute__((noinline)) void gemm_rows(int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
                       int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<T>, NV = kTileVectors;
   int64_t n = 0;
@@ -75,8 +75,14 @@ FW_INLINE void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int
                     int64_t ldc, bool accumulate) {
   constexpr int MR = kTileRows;
   int64_t m = 0;
-  for (; m + MR <= M; m += MR) gemm_rows<T, MR>(N, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
-  gemm_tail<T, MR - 1>(M - m, N, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
+  for (; M - m >= 2 * MR || M - m == MR; m += MR)
+    gemm_rows<T, MR>(N, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
+  // What is left, less than two panels, goes in halves: a panel of one or two rows has too few sums in flight.
+  while (m < M) {
+    const int64_t rest = M - m, rows = rest > MR ? (rest + 1) / 2 : rest;
+    gemm_tail<T, MR>(rows, N, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
+    m += rows;
+  }
 }
 
 template <int MR, int NV>
