@@ -1,0 +1,1 @@
+"""Rivals for the benchmark, one file each. Nothing is imported before it is timed."""
