@@ -1,0 +1,87 @@
+"""What every public op decides before it calls its kernel."""
+
+import os
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_BACKENDS = ("native", "reference")
+_BACKEND = os.environ.get("FASTWEIGHTS_BACKEND", "native")
+if _BACKEND not in _BACKENDS:
+    raise ImportError(f"FASTWEIGHTS_BACKEND: expected one of {_BACKENDS}, got {_BACKEND!r}")
+
+_KERNEL_DEVICES = frozenset({"cpu", "meta"})
+_warned_devices: set[str] = set()
+
+
+def reference_forced() -> bool:
+    """Whether ``FASTWEIGHTS_BACKEND=reference`` was set when the package was imported."""
+    return _BACKEND == "reference"
+
+
+def needs_reference(*tensors: Tensor | None) -> bool:
+    """Whether the plain-torch reference must run: forced, or a device without a kernel.
+
+    The second warns, once per device type.
+    """
+    if reference_forced():
+        return True
+    for tensor in tensors:
+        if tensor is None or tensor.device.type in _KERNEL_DEVICES:
+            continue
+        device = tensor.device.type
+        if device not in _warned_devices:
+            _warned_devices.add(device)
+            warnings.warn(
+                f"fastweights has no kernels for device {device!r}: its plain-torch reference runs",
+                stacklevel=3,
+            )
+        return True
+    return False
+
+
+def refuse_forward_ad(op: str, *tensors: Tensor | None) -> None:
+    """Raise if an input carries a forward-mode tangent: a custom op would return a silent zero.
+
+    Raises:
+        NotImplementedError: the message names the reference, which supports it.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: forward-mode differentiation is not supported; "
+                f"use fastweights.reference.{op}"
+            )
+
+
+def refuse_double_backward(op: str) -> None:
+    """Make the backward op ``op``_backward raise when it is itself differentiated."""
+
+    def backward(ctx: object, *grads: Tensor | None) -> None:
+        raise NotImplementedError(
+            f"{op}: double backward is not supported; use fastweights.reference.{op}"
+        )
+
+    torch.library.register_autograd(f"fastweights::{op}_backward", backward)
+
+
+def refuse_gradients(op: str) -> None:
+    """Make the in-place op ``op`` raise when an input would need a gradient through it."""
+    overload = getattr(torch.ops.fastweights, op).default
+
+    def guard(*args: object, **kwargs: object) -> object:
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+        ):
+            raise NotImplementedError(
+                f"{op}: works in place and has no gradient; call it under torch.no_grad() "
+                f"or use fastweights.{op.removesuffix('_step')}"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    torch.library.impl(f"fastweights::{op}", "Autograd", guard)
