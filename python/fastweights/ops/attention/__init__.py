@@ -1,0 +1,1 @@
+"""Softmax attention over a window, alone or joined with linear attention (LoLCATs)."""

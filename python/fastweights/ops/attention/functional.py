@@ -1,0 +1,170 @@
+"""Window and hybrid attention: the public functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastweights.ops.attention import reference
+from fastweights.ops.attention.state import HybridState, Layout
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over a sliding window, in time and memory O(T · window).
+
+    `o_i = Σ_j softmax_j(scale · q_i · k_j) v_j` over the `window` latest keys, i itself included:
+    `i − window < j <= i`; with `causal=False` also over their mirror image, `|i − j| < window`.
+    A window of at least T is full attention.
+
+    Args:
+        q: `[B, T, HQ, K]`, float32, bfloat16, float16 or float64.
+        k: `[B, T, HKV, K]`; query head h reads key head h // (HQ / HKV).
+        v: `[B, T, HKV, V]`.
+        window: number of keys, at least 1.
+        causal: whether later keys are hidden.
+        scale: factor of the scores; None is K^-0.5.
+        return_lse: also return the logarithm (natural) of each row's sum of exponentials.
+        cu_seqlens: int32 or int64 `[N + 1]`, ascending from 0 to T: packed sequences; needs B = 1.
+
+    Returns:
+        o `[B, T, HQ, V]` in q's dtype, and with `return_lse` lse `[B, T, HQ]` in float32 (float64
+        for float64 inputs). Both are differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or lengths that do not fit.
+
+    Example:
+        >>> import torch, fastweights as fw
+        >>> q, k, v = torch.randn(3, 1, 1000, 4, 64)
+        >>> fw.functional.window_attention(q, k, v, window=128).shape
+        torch.Size([1, 1000, 4, 64])
+    """
+    return reference.window_attention(
+        q, k, v, window=window, causal=causal, scale=scale, return_lse=return_lse,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None = None,
+    *,
+    window: int,
+    layout: Layout = "sliding",
+    scale: float | None = None,
+    initial_state: HybridState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, HybridState | None]:
+    """Softmax over a window and linear attention over everything before it, in one normaliser.
+
+    LoLCATs (2024) with an optional decay. With `s_ij = scale · q_i · k_j` and `m_i` its maximum
+    over the window W_i, `o_i = N_i / D_i`, where
+
+        N_i = mix · Σ_{j in W_i} exp(s_ij − m_i) v_j  +  Σ_{j before W_i} d_ij (qf_i · kf_j) v_j
+
+    and D_i is the same without v. `m_i` is subtracted in the softmax part only, so it changes the
+    balance of the two, and gradients flow through it. `d_ij` decays a key from the moment it leaves
+    the window, at query l(j): `d_ij = exp(Σ_{l(j) < t <= i} g_t)`.
+
+    Layouts. "sliding": W_i holds the `window` latest keys, l(j) = j + window. "terraced": positions
+    are cut in blocks of `window` from the start of the sequence; W_i is the block of i up to i and
+    the block before, l(j) = (j // window + 2) · window.
+
+    Time O(T · (window (K + V) + F V)), memory O(T).
+
+    Args:
+        q: `[B, T, HQ, K]`, float32, bfloat16, float16 or float64.
+        k: `[B, T, HKV, K]`; query head h reads key head h // (HQ / HKV).
+        v: `[B, T, HKV, V]`.
+        qf: `[B, T, HQ, F]`, features of the queries, meant to be non-negative.
+        kf: `[B, T, HKV or HQ, F]`, features of the keys, meant to be non-negative.
+        mix: `[HQ]`, the weight of the softmax part: a gate in (0, 1], already squashed. As it goes
+            to 0, rows with a linear part become linear attention over it.
+        g: natural-log decays `<= 0`: None, `[HKV or HQ]` (the same at every token) or
+            `[B, T, HKV or HQ]`. −inf forgets everything that left the window before.
+        window: number of keys, at least 1.
+        layout: "sliding" or "terraced".
+        scale: factor of the scores; None is K^-0.5.
+        initial_state: continue from this state instead of an empty past.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: int32 or int64 `[N + 1]`, ascending from 0 to T: packed sequences; needs B = 1.
+            The states then have N rows.
+
+    Returns:
+        o `[B, T, HQ, V]` in q's dtype, and a `HybridState` or None. Everything is differentiable,
+        the states included.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or lengths that do not fit.
+        ValueError: an unknown layout.
+
+    Example:
+        >>> import torch, fastweights as fw
+        >>> q, k, v = torch.randn(3, 1, 300, 4, 64)
+        >>> qf, kf = torch.rand(2, 1, 300, 4, 32)
+        >>> mix = torch.full((4,), 0.5)
+        >>> o, state = fw.hybrid_attention(q, k, v, qf, kf, mix, window=64, output_final_state=True)
+        >>> o.shape, state.S.shape
+        (torch.Size([1, 300, 4, 64]), torch.Size([1, 4, 32, 64]))
+    """
+    return reference.hybrid_attention(
+        q, k, v, qf, kf, mix, g, window=window, layout=layout, scale=scale,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def hybrid_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: HybridState,
+    window: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`hybrid_attention` for one token; `state` is updated in place.
+
+    The layout is that of the state: rings of `window` tokens slide, rings of 2 `window` are
+    terraced. The rows of a batch may be at different positions. Time O(window (K + V) + F V) per
+    head (plus `window · F V` at a block's first token when terraced), no memory but o's.
+
+    Args:
+        q: `[B, HQ, K]`; k, v, qf, kf likewise lack the T of `hybrid_attention`.
+        k: `[B, HKV, K]`.
+        v: `[B, HKV, V]`.
+        qf: `[B, HQ, F]`.
+        kf: `[B, HKV or HQ, F]`.
+        mix: `[HQ]`.
+        g: None, `[HKV or HQ]` or `[B, HKV or HQ]`.
+        state: from `hybrid_attention(..., output_final_state=True)` or `HybridState.zeros`.
+        window: number of keys.
+        scale: factor of the scores; None is K^-0.5.
+
+    Returns:
+        o `[B, HQ, V]`.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or an input that requires a gradient.
+    """
+    return reference.hybrid_attention_step(
+        q, k, v, qf, kf, mix, g, state=state, window=window, scale=scale
+    )

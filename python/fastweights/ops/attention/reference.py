@@ -1,0 +1,212 @@
+"""Window and hybrid attention as the equations say it: T × T matrices, a sequence at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastweights.ops.attention.state import (
+    HybridState,
+    Layout,
+    first_in_window,
+    leaves_at,
+    ring_size,
+    state_after,
+    state_dtype,
+)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v over 0 <= i − j < window, or |i − j| < window if not causal."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    length, dtype = q.shape[1], state_dtype(q.dtype)
+    k, v = (_per_query_head(x.to(dtype), q.shape[2]) for x in (k, v))
+    sequence = _sequence_of_token(length, cu_seqlens, q.device)
+    i = torch.arange(length, device=q.device)
+    distance = i[:, None] - i
+    visible = (distance < window) & (distance > -window) & (sequence[:, None] == sequence)
+    if causal:
+        visible &= distance >= 0
+    scores = torch.einsum("bihk,bjhk->bhij", q.to(dtype), k) * scale
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(scores, -1)  # [B, HQ, T]
+    o = torch.einsum("bhij,bjhv->bihv", (scores - lse[..., None]).exp(), v).to(q.dtype)
+    return (o, lse.transpose(1, 2)) if return_lse else o
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None = None,
+    *,
+    window: int,
+    layout: Layout = "sliding",
+    scale: float | None = None,
+    initial_state: HybridState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, HybridState | None]:
+    """LoLCATs (2024), eq. 6-7, with a decay: see `fastweights.functional.hybrid_attention`."""
+    batch, length, _, key_dim = q.shape
+    scale = key_dim**-0.5 if scale is None else scale
+    dtype, ring = state_dtype(q.dtype), ring_size(window, layout)
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if g is not None and g.dim() == 1:
+        g = g.expand(batch, length, -1)
+    state_heads = max(kf.shape[2], 0 if g is None else g.shape[2])
+    if initial_state is None:
+        S0 = q.new_zeros(rows, state_heads, qf.shape[-1], v.shape[-1], dtype=dtype)
+        z0 = q.new_zeros(rows, state_heads, qf.shape[-1], dtype=dtype)
+        position = torch.zeros(rows, dtype=torch.int64, device=q.device)
+    else:
+        S0, z0, position = initial_state.S, initial_state.z, initial_state.position
+
+    outputs, S, z = [], [], []
+    for n in range(rows):
+        if cu_seqlens is None:
+            b, tokens = n, slice(None)
+        else:
+            b, tokens = 0, slice(int(cu_seqlens[n]), int(cu_seqlens[n + 1]))
+        start = int(position[n])
+        past = torch.arange(max(0, start - ring), start, device=q.device)
+        keys = []
+        for x, name in ((k, "k"), (v, "v"), (kf, "kf")):
+            x = x[b, tokens].to(dtype)
+            if initial_state is not None:
+                x = torch.cat((getattr(initial_state, name)[n, :, past % ring].transpose(0, 1), x))
+            keys.append(x)
+        o_n, S_n, z_n = _hybrid_sequence(
+            q[b, tokens].to(dtype), keys[0], keys[1], qf[b, tokens].to(dtype), keys[2],
+            mix.to(dtype), None if g is None else g[b, tokens].to(dtype),
+            S0[n], z0[n], start, len(past), window, layout, scale,
+        )  # fmt: skip
+        outputs.append(o_n)
+        S.append(S_n)
+        z.append(z_n)
+    o = (torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]).to(q.dtype)
+    if not output_final_state:
+        return o, None
+    state = state_after(
+        k, v, kf, torch.stack(S), torch.stack(z), initial_state, window, layout, cu_seqlens
+    )
+    return o, state
+
+
+def hybrid_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: HybridState,
+    window: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`hybrid_attention` on a sequence of one token, the state updated in place."""
+    if g is not None and g.dim() == 2:
+        g = g[:, None]
+    o, new = hybrid_attention(
+        q[:, None], k[:, None], v[:, None], qf[:, None], kf[:, None], mix, g,
+        window=window, layout="sliding" if state.k.shape[2] == window else "terraced", scale=scale,
+        initial_state=state, output_final_state=True,
+    )  # fmt: skip
+    assert new is not None
+    for old, now in zip(state.tensors(), new.tensors(), strict=True):
+        old.copy_(now)
+    return o[:, 0]
+
+
+def _hybrid_sequence(
+    q: Tensor,  # [T, HQ, K], the queries at start ... start + T - 1
+    k: Tensor,  # [P + T, HKV, K], the keys at start - P ... start + T - 1
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None,  # [T, HS]
+    S: Tensor,  # [HS, F, V]
+    z: Tensor,
+    start: int,
+    past: int,
+    window: int,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    length, heads = q.shape[:2]
+    i = start + torch.arange(length, device=q.device)
+    j = start - past + torch.arange(past + length, device=q.device)
+    left = leaves_at(j, window, layout)
+    in_window = (first_in_window(i, window, layout)[:, None] <= j) & (j <= i[:, None])
+    in_linear = (start <= left) & (left <= i[:, None])  # keys that had left before `start` are in S
+    in_state = (start <= left) & (left < start + length)
+
+    # decay[h, a, b] = exp(Σ_{b <= s < a} g_s): query i reads a = i - start + 1, key j enters at
+    # b = left_j - start + 1, the initial state at b = 0.
+    if g is None:
+        decay = q.new_ones(1, length + 1, length + 1)
+    else:
+        decay = _segment_sums(g).exp()
+    entry = (left - start + 1).clamp(0, length)
+    pair_decay = decay[:, 1:, entry]  # [HS or 1, T, P + T]
+
+    scores = scale * torch.einsum("ihk,jhk->hij", q, _per_query_head(k, heads))
+    scores = scores.masked_fill(~in_window, -torch.inf)
+    m = scores.amax(-1, keepdim=True)
+    softmax_part = mix[:, None, None] * (scores - m).exp()
+    similarity = torch.einsum("ihf,jhf->hij", qf, _per_query_head(kf, heads))
+    linear_part = torch.where(in_linear, similarity * _per_query_head(pair_decay, heads, 0), 0)
+    weights = softmax_part + linear_part
+    from_state = qf * _per_query_head(decay[:, 1:, 0].T, heads, 1)[:, :, None]  # [T, HQ, F]
+
+    num = torch.einsum("hij,jhv->ihv", weights, _per_query_head(v, heads))
+    num = num + torch.einsum("ihf,hfv->ihv", from_state, _per_query_head(S, heads, 0))
+    den = weights.sum(-1).T + torch.einsum("ihf,hf->ih", from_state, _per_query_head(z, heads, 0))
+
+    kf, v = (_per_query_head(x, S.shape[0]) for x in (kf, v))
+    kept = torch.where(in_state, decay[:, length, entry], 0).T[..., None] * kf
+    last = decay[:, length, 0]
+    S = last[:, None, None] * S + torch.einsum("jhf,jhv->hfv", kept, v)
+    z = last[:, None] * z + kept.sum(0)
+    return num / den[..., None], S, z
+
+
+def _segment_sums(g: Tensor) -> Tensor:
+    """`[T, H]` to `[H, T + 1, T + 1]`: entry (a, b) is the sum of g_s over b <= s < a.
+
+    A sum over each segment, not a difference of two running sums: −inf would turn that into NaN.
+    """
+    length, heads = g.shape
+    a = torch.arange(1, length + 1, device=g.device)
+    b = torch.arange(length + 1, device=g.device)
+    terms = torch.where(b < a[:, None], g.T[:, :, None], 0)
+    return torch.cat((g.new_zeros(heads, 1, length + 1), terms.cumsum(1)), 1)
+
+
+def _per_query_head(x: Tensor, heads: int, dim: int = -2) -> Tensor:
+    """Repeats the head dimension so that query head h reads head h // (heads / H)."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def _sequence_of_token(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """`[T]`: which packed sequence a token belongs to."""
+    t = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return torch.zeros_like(t)
+    return torch.searchsorted(cu_seqlens.to(torch.int64), t, right=True)
