@@ -1,3 +1,9 @@
 """Every op, flat: `fastweights.functional.<op>`."""
 
-__all__: list[str] = []
+from fastweights.ops.attention.functional import (
+    hybrid_attention,
+    hybrid_attention_step,
+    window_attention,
+)
+
+__all__ = ["hybrid_attention", "hybrid_attention_step", "window_attention"]

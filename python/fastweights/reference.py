@@ -1,3 +1,9 @@
 """The plain-torch definition of every op, flat: `fastweights.reference.<op>`."""
 
-__all__: list[str] = []
+from fastweights.ops.attention.reference import (
+    hybrid_attention,
+    hybrid_attention_step,
+    window_attention,
+)
+
+__all__ = ["hybrid_attention", "hybrid_attention_step", "window_attention"]
