@@ -41,6 +41,10 @@ class Sample(NamedTuple):
         args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Sample(args, kwargs)
 
+    def to(self, dtype: torch.dtype | None) -> Sample:
+        """The sample with its floating tensors in another dtype; None leaves them."""
+        return self.map_tensors(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor of the call."""
         leaves = pytree.tree_leaves((self.args, self.kwargs))
@@ -181,6 +185,11 @@ class OpSpec:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        """float32 where the op has it: the dtype of checks that need only one."""
+        return torch.float32 if torch.float32 in self.tolerances else next(iter(self.tolerances))
 
     def bind(self, call: Sample) -> dict[str, Any]:
         """Parameter name -> argument, without defaults."""
