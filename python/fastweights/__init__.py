@@ -7,5 +7,13 @@ from fastweights.ops.attention.functional import (
     window_attention,
 )
 from fastweights.ops.attention.state import HybridState
+from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 
-__all__ = ["HybridState", "hybrid_attention", "hybrid_attention_step", "window_attention"]
+__all__ = [
+    "HybridState",
+    "hybrid_attention",
+    "hybrid_attention_step",
+    "linear_attention",
+    "linear_attention_step",
+    "window_attention",
+]

@@ -41,9 +41,10 @@ def linear_attention(
 
     With ``normalize`` the output is divided by
     :math:`\mathrm{scale} \cdot q_t^\top z_t + \mathrm{eps}`, where
-    :math:`z_t = e^{g_t} \odot z_{t-1} + k_t` (Katharopoulos et al. 2020, arXiv:2006.16236, eq. 18-20).
-    With ``g`` per head it is RetNet (arXiv:2307.08621, eq. 6), per token and head the scalar gate of
-    Mamba-2, per channel GLA (arXiv:2312.06635, eq. 3). Feature maps are applied by the caller.
+    :math:`z_t = e^{g_t} \odot z_{t-1} + k_t` (Katharopoulos et al. 2020, arXiv:2006.16236,
+    eq. 18-20). With ``g`` per head it is RetNet (arXiv:2307.08621, eq. 6), per token and head the
+    scalar gate of Mamba-2, per channel GLA (arXiv:2312.06635, eq. 3). Feature maps are applied by
+    the caller.
 
     Args:
         q: queries [B, T, H, K]; float32, bfloat16, float16 or float64. Any strides whose last
@@ -205,7 +206,6 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("fastweights::linear_attention")
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -241,7 +241,6 @@ def _fake(
     )
 
 
-@torch.library.register_fake("fastweights::linear_attention_backward")
 def _backward_fake(
     grad_o: Tensor,
     grad_state: Tensor | None,
@@ -263,7 +262,6 @@ def _backward_fake(
     return like(q), like(k), like(v), like(g), like(initial_state), like(initial_z)
 
 
-@torch.library.register_fake("fastweights::linear_attention_step")
 def _step_fake(
     q: Tensor,
     k: Tensor,
@@ -279,7 +277,10 @@ def _step_fake(
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
 ) -> None:
     q, k, v, g, initial_state, initial_z, cu_seqlens = inputs
     o, _, _, states = output
@@ -326,6 +327,9 @@ def _backward(
     )
 
 
+torch.library.register_fake("fastweights::linear_attention", _fake)
+torch.library.register_fake("fastweights::linear_attention_backward", _backward_fake)
+torch.library.register_fake("fastweights::linear_attention_step", _step_fake)
 torch.library.register_autograd(
     "fastweights::linear_attention", _backward, setup_context=_setup_context
 )
@@ -336,6 +340,7 @@ _common.refuse_gradients("linear_attention_step")
 def _autocast(op: str) -> None:
     """Under CPU autocast q, k and v go to its dtype; gates and states keep theirs."""
     overload = getattr(torch.ops.fastweights, op).default
+    autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def cast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype("cpu")
@@ -343,7 +348,7 @@ def _autocast(op: str) -> None:
         def to(x: Tensor) -> Tensor:
             return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
 
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
             return overload(to(q), to(k), to(v), *args, **kwargs)
 
     torch.library.impl(f"fastweights::{op}", "AutocastCPU", cast)

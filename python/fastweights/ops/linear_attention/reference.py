@@ -1,5 +1,7 @@
 """Linear attention as its recurrence, token by token."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def linear_attention(
         sequences = [(b, 0, length) for b in range(batch)]
     else:
         ends = cu_seqlens.tolist()
-        sequences = [(0, start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        sequences = [(0, start, end) for start, end in pairwise(ends)]
 
     S0 = values.new_zeros(len(sequences), value_heads, key_size, value_size)
     z0 = values.new_zeros(len(sequences), value_heads, key_size)
