@@ -1,6 +1,14 @@
 """Efficient transformers in PyTorch on the CPU."""
 
 from fastweights import _load as _load
+from fastweights.conversion import (
+    linearize,
+    load,
+    perplexity,
+    recover,
+    save,
+    transfer_attention,
+)
 from fastweights.ops.attention.functional import (
     hybrid_attention,
     hybrid_attention_step,
@@ -15,5 +23,11 @@ __all__ = [
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "linearize",
+    "load",
+    "perplexity",
+    "recover",
+    "save",
+    "transfer_attention",
     "window_attention",
 ]

@@ -1,0 +1,132 @@
+"""Stage two: LoRA on the attention's projections makes up for what the transfer could not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastweights.adapters.lora import LoRALinear, add_lora, merge_lora
+from fastweights.conversion.attention import LinearizedAttention
+from fastweights.conversion.transfer import decoder, frozen, original_attention
+from fastweights.training import TrainingLog, train
+
+_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Positions whose logits exist at one time.
+_CHUNK = 512
+
+
+def recover(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    length: int | Sequence[int] = 512,
+    batch_size: int = 1,
+    accumulation: int = 1,
+    lr: float = 1e-3,
+    rank: int = 8,
+    alpha: float = 16.0,
+    distill: float = 0.0,
+    merge: bool = True,
+    seed: int = 1,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> TrainingLog:
+    """Trains LoRA on q, k, v and o, and the parameters that `linearize` added, on next-token
+    prediction.
+
+    Also works on a model that was not converted, as a control of what the text alone teaches.
+
+    Args:
+        model: a causal language model, usually after `transfer_attention`.
+        tokens: `[N]` int64, the text to train on.
+        steps: optimizer steps, or `minutes` of time; exactly one of the two.
+        minutes: see `steps`.
+        length: tokens of a sequence; several are taken in turn.
+        batch_size: sequences of one forward pass.
+        accumulation: forward passes of one step.
+        lr: peak learning rate of AdamW.
+        rank: of LoRA.
+        alpha: of LoRA; its scale is alpha / rank.
+        distill: share of the loss that is the cross-entropy with the original model's distribution
+            instead of the next token. The original is the model itself with its softmax attention
+            and without LoRA: no second model.
+        merge: put the adapters into the weights afterwards; otherwise `LoRALinear`s stay.
+        seed: of the initial LoRA weights and the choice of sequences.
+        checkpoint: file to resume from and to write, see `fastweights.training.train`.
+        progress: show a bar with loss and tokens per second.
+
+    Returns:
+        The losses (of what is trained on) and what they cost. Ctrl-C ends it cleanly with
+        `interrupted` set.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 0 <= distill <= 1:
+        raise ValueError(f"recover: expected 0 <= distill <= 1, got {distill}")
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if not adapters:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapters = add_lora(model, _TARGETS, rank=rank, alpha=alpha)
+    trained = {id(p) for layer in adapters for p in (layer.lora_a, layer.lora_b)}
+    for module in model.modules():
+        if isinstance(module, LinearizedAttention):
+            trained.update(map(id, module.own_parameters()))
+    parameters = {name: p for name, p in model.named_parameters() if id(p) in trained}
+
+    def loss_and_backward(batch: Tensor, weight: float) -> float:
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        teacher = None
+        if distill:
+            with torch.no_grad(), original_attention(model):
+                teacher = decoder(model)(
+                    input_ids=inputs, use_cache=False
+                ).last_hidden_state.flatten(0, 1)
+        hidden = decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        loss, gradient = _output_loss(model, hidden.detach(), targets.flatten(), teacher, distill)
+        hidden.backward(gradient * weight)
+        return loss
+
+    with frozen(model):
+        log = train(
+            loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes, length=length,
+            batch_size=batch_size, accumulation=accumulation, clip=1.0, seed=seed, checkpoint=checkpoint,
+            name="recover", progress=progress,
+        )  # fmt: skip
+    if merge:
+        merge_lora(model)
+    return log
+
+
+def _output_loss(
+    model: Any, hidden: Tensor, targets: Tensor, teacher: Tensor | None, distill: float
+) -> tuple[float, Tensor]:
+    """Mean loss over positions and its gradient with respect to `hidden` `[N, D]`, a chunk of
+    logits at a time."""
+    head = model.get_output_embeddings()
+    gradient, total = torch.empty_like(hidden), 0.0
+    for start in range(0, len(hidden), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        x = hidden[part].requires_grad_(True)
+        logits = head(x).float()
+        loss = (
+            (1 - distill) * F.cross_entropy(logits, targets[part], reduction="sum")
+            if distill < 1
+            else logits.new_zeros(())
+        )
+        if teacher is not None:
+            with torch.no_grad():
+                expected = head(teacher[part]).float().softmax(-1)
+            loss = loss + distill * F.cross_entropy(logits, expected, reduction="sum")
+        loss = loss / len(hidden)
+        (gradient[part],) = torch.autograd.grad(loss, x)
+        total += loss.item()
+    return total, gradient

@@ -1,0 +1,85 @@
+"""A training's parameters, optimizer moments and progress in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def store(
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    losses: list[float],
+    steps: int,
+) -> None:
+    """Writes beside `path` and renames, so that an interruption leaves the earlier file whole."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter.detach().contiguous()
+        for moment in _MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
+    progress = json.dumps({"settings": settings, "losses": losses, "steps": steps})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, {"fastweights.training": progress})
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def restore(
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    steps: int | None,
+) -> tuple[list[float], int]:
+    """Puts back what `store` wrote; returns the losses so far and the steps of the schedule.
+
+    Raises:
+        ValueError: the file is damaged or belongs to a training with other settings.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = settings["name"]
+    try:
+        with safe_open(path, "pt") as file:
+            progress = json.loads((file.metadata() or {})["fastweights.training"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        losses, found_steps, found = progress["losses"], progress["steps"], progress["settings"]
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{name}: {path} is not a checkpoint of a training, or is damaged ({error})"
+        ) from error
+    wanted = {**settings, "steps": found_steps if steps is None else steps}
+    got = {**found, "steps": found_steps}
+    if got != wanted:
+        differing = [key for key in wanted if got.get(key) != wanted[key]]
+        shown = ", ".join(f"{key}={wanted[key]}" for key in differing)
+        raise ValueError(
+            f"{name}: expected a checkpoint with {shown}, {path} has "
+            + ", ".join(f"{key}={got.get(key)}" for key in differing)
+        )
+    for key, parameter in parameters.items():
+        if key not in tensors or tensors[key].shape != parameter.shape:
+            raise ValueError(
+                f"{name}: expected {key} of shape {list(parameter.shape)} in the checkpoint {path}"
+            )
+        parameter.copy_(tensors[key])
+        if f"{_MOMENTS[0]}/{key}" in tensors:
+            state: dict[str, Any] = {"step": torch.tensor(float(len(losses)))}
+            for moment in _MOMENTS:
+                state[moment] = tensors[f"{moment}/{key}"].to(parameter.device)
+            optimizer.state[parameter] = state
+    return losses, found_steps

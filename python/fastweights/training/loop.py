@@ -1,0 +1,219 @@
+"""One loop: sample token windows, accumulate gradients, step, show progress, survive an
+interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastweights.training.checkpoint import restore, store
+
+# Learning rate: linear warm-up over this many steps, then a cosine down to a twentieth.
+_WARM_UP = 5
+_FINAL_RATE = 0.05
+# Steps that are timed to turn minutes into a number of steps.
+_TIMED_STEPS = 3
+
+
+@dataclass
+class TrainingLog:
+    """What a training did.
+
+    Attributes:
+        losses: mean loss of every step, resumed ones included.
+        steps: steps of the whole schedule.
+        tokens: tokens seen by this call.
+        seconds: time of this call.
+        interrupted: Ctrl-C ended it early; the parameters are those of the last whole step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+def train(
+    loss_and_backward: Callable[[Tensor, float], float],
+    parameters: dict[str, nn.Parameter],
+    tokens: Tensor,
+    *,
+    lr: float | dict[str, float],
+    steps: int | None,
+    minutes: float | None,
+    length: int | Sequence[int],
+    batch_size: int = 1,
+    accumulation: int = 1,
+    clip: float | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
+    name: str = "train",
+    progress: bool = True,
+) -> TrainingLog:
+    """AdamW over windows of one token stream.
+
+    Step s of a seed always sees the same windows, so that a resumed training equals an
+    uninterrupted one bit for bit.
+
+    Args:
+        loss_and_backward: called with a batch `[B, T + 1]` (inputs and, shifted by one, targets)
+            and a factor for the gradient; runs the backward and returns the loss.
+        parameters: what is trained, by name. Their `requires_grad` is set for the call.
+        tokens: `[N]`, the text.
+        lr: peak learning rate, or one for every parameter's name.
+        steps: optimizer steps. Exactly one of `steps` and `minutes` is given.
+        minutes: time budget; the first steps are timed to choose the number of steps.
+        length: tokens T of a window; of several, step s takes the s-th in turn.
+        batch_size: windows of one forward pass.
+        accumulation: forward passes of one step.
+        clip: largest norm of the gradient.
+        seed: of the windows.
+        checkpoint: safetensors file with parameters, optimizer and progress; resumed from if it
+            exists, written every `checkpoint_every` steps, at an interruption and at the end.
+        checkpoint_every: see `checkpoint`.
+        name: shown on the progress bar and checked against the checkpoint.
+        progress: show a bar with loss and tokens per second.
+
+    Raises:
+        ValueError: an argument is out of range, or the checkpoint belongs to another training.
+    """
+    lengths = [length] if isinstance(length, int) else list(length)
+    _check(tokens, lengths, steps, minutes, batch_size, accumulation, name)
+    required = {key: parameter.requires_grad for key, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    rates = lr if isinstance(lr, dict) else dict.fromkeys(parameters, lr)
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameter], "lr": rates[key], "peak": rates[key]} for key, parameter in parameters.items()],
+        betas=(0.9, 0.95), weight_decay=0.0,
+    )  # fmt: skip
+    log = TrainingLog(steps=steps or 0)
+    settings = {
+        "name": name, "seed": seed, "lengths": lengths, "batch_size": batch_size, "accumulation": accumulation,
+        "parameters": len(parameters),
+    }  # fmt: skip
+    if checkpoint is not None and Path(checkpoint).exists():
+        log.losses, log.steps = restore(Path(checkpoint), parameters, optimizer, settings, steps)
+
+    started = time.perf_counter()
+    bar = _bar(name, log, progress)
+    try:
+        step = len(log.losses)
+        first = step
+        while log.steps == 0 or step < log.steps:
+            if log.steps == 0 and step - first == _TIMED_STEPS:
+                log.steps = _steps_within(float(minutes or 0), time.perf_counter() - started, step)
+                bar.total = log.steps
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _rate(step, log.steps)
+            loss = 0.0
+            for part in range(accumulation):
+                batch = _windows(
+                    tokens, lengths[step % len(lengths)], batch_size, (seed, step, part)
+                )
+                loss += loss_and_backward(batch, 1 / accumulation) / accumulation
+                log.tokens += batch.shape[0] * (batch.shape[1] - 1)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"{name}: the loss of step {step} is {loss}; expected a smaller learning rate"
+                )
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters.values(), clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.losses.append(loss)
+            step += 1
+            log.seconds = time.perf_counter() - started
+            bar.set_postfix_str(
+                f"loss {_recent(log.losses):.4g}, {log.tokens / log.seconds:.0f} tokens/s"
+            )
+            bar.update()
+            if checkpoint is not None and (step % checkpoint_every == 0 or step == log.steps):
+                store(Path(checkpoint), parameters, optimizer, settings, log.losses, log.steps)
+    except KeyboardInterrupt:
+        # Between two steps parameters and moments belong together; a step that was cut off left
+        # only gradients behind.
+        log.interrupted = True
+        if checkpoint is not None and log.steps:
+            store(Path(checkpoint), parameters, optimizer, settings, log.losses, log.steps)
+    finally:
+        bar.close()
+        for key, parameter in parameters.items():
+            parameter.requires_grad_(required[key])
+            parameter.grad = None
+    log.seconds = time.perf_counter() - started
+    return log
+
+
+def _check(
+    tokens: Tensor, lengths: list[int], steps: int | None, minutes: float | None, batch_size: int, accumulation: int,
+    name: str,
+) -> None:  # fmt: skip
+    if (steps is None) == (minutes is None):
+        raise ValueError(
+            f"{name}: expected either steps or minutes, got steps={steps}, minutes={minutes}"
+        )
+    for argument, value in (
+        ("steps", steps),
+        ("minutes", minutes),
+        ("batch_size", batch_size),
+        ("accumulation", accumulation),
+    ):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: expected {argument} > 0, got {value}")
+    if not lengths or min(lengths) < 2:
+        raise ValueError(f"{name}: expected length >= 2, got {lengths}")
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: expected int64 tokens of shape [N], got {tokens.dtype} {list(tokens.shape)}"
+        )
+    if len(tokens) <= max(lengths):
+        raise ValueError(
+            f"{name}: expected more than {max(lengths)} tokens (one window and a target), got {len(tokens)}"
+        )
+
+
+def _windows(tokens: Tensor, length: int, count: int, key: tuple[int, int, int]) -> Tensor:
+    """`[count, length + 1]` consecutive tokens from random places that depend on `key` alone."""
+    seed, step, part = key
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + part) % 2**63)
+    starts = torch.randint(len(tokens) - length, (count,), generator=generator)
+    return torch.stack([tokens[start : start + length + 1] for start in starts.tolist()])
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate; `steps` is 0 while it is unknown."""
+    warm = min(1.0, (step + 1) / _WARM_UP)
+    if steps == 0:
+        return warm
+    return warm * (_FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _steps_within(minutes: float, seconds: float, done: int) -> int:
+    return max(done + 1, int(60 * minutes * _TIMED_STEPS / seconds))
+
+
+def _recent(losses: list[float]) -> float:
+    recent = list(islice(reversed(losses), 10))
+    return sum(recent) / len(recent)
+
+
+def _bar(name: str, log: TrainingLog, progress: bool):  # type: ignore[no-untyped-def]
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=log.steps or None,
+        initial=len(log.losses),
+        desc=name,
+        unit="step",
+        disable=not progress,
+    )

@@ -1,0 +1,212 @@
+import json
+
+import pytest
+import torch
+
+import fastweights as fw
+from fastweights.integrations.gguf import load_gguf
+
+from .conftest import random_tokens, shake, tiny
+
+
+@pytest.fixture(params=[("llama", "stable"), ("qwen3", "lolcats"), ("qwen2", "hedgehog")])
+def folder(request, tmp_path, tokenizer):
+    kind, recipe = request.param
+    kept = (0,) if kind == "qwen3" else ()
+    model = shake(
+        fw.linearize(
+            tiny(kind, tie_word_embeddings=kind == "llama"),
+            recipe,
+            feature_dim=6,
+            keep_softmax=kept,
+        )
+    )
+    fw.save(model, tokenizer, tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def test_what_was_saved_is_loaded(folder, tokenizer):
+    model, path = folder
+    again, words = fw.load(path)
+    tokens = random_tokens(2, 100)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert again.config.fastweights == model.config.fastweights
+    assert words.chat_template == tokenizer.chat_template
+    assert words("w5 w9")["input_ids"] == [5, 9]
+
+
+def test_save_pretrained_suffices(tmp_path, tokenizer):
+    model = shake(fw.linearize(tiny(), feature_dim=6))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    tokens = random_tokens(2, 100)
+    assert torch.equal(fw.load(tmp_path)[0](tokens).logits, model(tokens).logits)
+
+
+def test_a_softmax_model_is_loaded_as_it_is(tmp_path, tokenizer):
+    model = tiny()
+    fw.save(model, tokenizer, tmp_path)
+    tokens = random_tokens(2, 20)
+    torch.testing.assert_close(fw.load(tmp_path)[0](tokens).logits, model(tokens).logits)
+
+
+def test_trained_adapters_must_be_merged_first(tmp_path, tokenizer):
+    from fastweights.adapters import add_lora
+
+    model = fw.linearize(tiny(), feature_dim=6)
+    add_lora(model, ("q_proj",))
+    with pytest.raises(ValueError, match="save: expected merged adapters"):
+        fw.save(model, tokenizer, tmp_path)
+
+
+def test_every_changed_bit_is_noticed(folder):
+    _, path = folder
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for damaged in (
+            whole[:-3],
+            whole[: len(whole) // 2]
+            + bytes([whole[len(whole) // 2] ^ 1])
+            + whole[len(whole) // 2 + 1 :],
+        ):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match="^load: ") as error:
+                fw.load(path)
+            assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+    fw.load(path)
+
+
+def test_damage_without_checksums(folder):
+    _, path = folder
+    (path / "fastweights.json").unlink()
+    weights, config = path / "model.safetensors", path / "config.json"
+    whole, description = weights.read_bytes(), json.loads(config.read_text())
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            fw.load(path)
+
+    for damaged in (
+        b"",
+        whole[:5],
+        whole[: len(whole) // 2],
+        b"\xff" * 8 + whole[8:],
+        whole + b"x",
+    ):
+        weights.write_bytes(damaged)
+        refused("missing, truncated or damaged")
+    nan = torch.tensor([float("nan")]).numpy().tobytes()
+    weights.write_bytes(whole[:-4] + nan)
+    refused("values that are not finite")
+    weights.write_bytes(whole)
+    for key, value in (
+        ("window", "64"),
+        ("window", -1),
+        ("layout", "spiral"),
+        ("surplus", 1),
+        ("feature_dim", True),
+    ):
+        entry = json.loads(json.dumps(description["fastweights"]))
+        entry["recipe"][key] = value
+        config.write_text(json.dumps(description | {"fastweights": entry}))
+        refused("the entry fastweights of .* is damaged")
+    config.write_text(json.dumps(description | {"fastweights": [1]}))
+    refused("the entry fastweights of .* is damaged")
+    entry = json.loads(json.dumps(description["fastweights"]))
+    entry["recipe"]["feature_dim"] = 5
+    config.write_text(json.dumps(description | {"fastweights": entry}))
+    refused(r"expected .* of shape")
+    config.write_text("{")
+    refused("config.json is damaged")
+    config.unlink()
+    refused("expected a model folder with config.json or a GGUF file")
+
+
+def test_no_pickle_is_read(tmp_path):
+    model = tiny()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="^load: "):
+        fw.load(tmp_path)
+
+
+class TestGGUF:
+    @pytest.fixture
+    def file(self, tmp_path):
+        return write_gguf(tmp_path / "tiny.gguf")
+
+    def test_weights_arrive_dequantized(self, file):
+        path, weights = file
+        model, tokenizer = load_gguf(path)
+        got = model.model.layers[0].mlp.up_proj.weight
+        torch.testing.assert_close(got, weights["blk.0.ffn_up.weight"], rtol=0, atol=0.02)
+        assert tokenizer("b")["input_ids"]
+        tokens = random_tokens(1, 12) % 60
+        shake(fw.linearize(model, window=64, feature_dim=6))
+        assert model(tokens).logits.isfinite().all()
+        model.save_pretrained(path.parent / "out")
+
+    def test_damaged_files_are_one_line(self, file):
+        path, _ = file
+        whole = path.read_bytes()
+        for damaged in (
+            b"",
+            b"GGML" + whole[4:],
+            whole[:40],
+            whole[: len(whole) // 2],
+            whole[:-64],
+            whole[:8] + b"\xff" * 8 + whole[16:],
+        ):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="^load_gguf: ") as error:
+                fw.load(path)
+            assert "\n" not in str(error.value)
+
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_gguf(tmp_path / "none.gguf")
+
+
+def write_gguf(path):
+    """A one-layer Llama with 8-bit weights and a byte-level tokenizer, as llama.cpp writes them."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    tokens = [chr(ord("!") + i) for i in range(60)]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges([f"{tokens[1]} {tokens[2]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    rng, weights = np.random.default_rng(0), {}
+    shapes = {
+        "token_embd": (60, 32), "output": (60, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        w = rng.standard_normal(shape).astype(np.float32)
+        weights[f"{name}.weight"] = torch.from_numpy(w)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(w, kind), raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, weights
