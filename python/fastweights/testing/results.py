@@ -45,6 +45,7 @@ HEADER = (
 
 
 def cells(rows: Sequence[Row], roof: roofline.Roofline) -> list[tuple[str, ...]]:
+    """The rows under `HEADER`, as text."""
     table: list[tuple[str, ...]] = []
     for row in rows:
         ours = next(r for r in rows if (r.case, r.dtype) == (row.case, row.dtype))
@@ -93,6 +94,7 @@ def _document(family: str, results: dict[str, Any]) -> str:
 
 
 def save(out: Path, family: str, op: str, result: dict[str, Any]) -> None:
+    """Put an op's result into the JSON of its family and write the Markdown anew."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{family}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
