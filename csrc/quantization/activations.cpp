@@ -51,7 +51,8 @@ FW_INLINE float quantize_block(const T* x, int8_t* codes, int32_t* sum) {
   Vec<Int> total = zero<Int>();
   FW_UNROLL
   for (int k = 0; k < kBlock; k += L) {
-    const Vec<T> scaled = finite ? load(x + k) * inverse : zero<T>();
+    // The bound also keeps product and sum two roundings, so that every level gives the same codes.
+    const Vec<T> scaled = min(finite ? load(x + k) * inverse : zero<T>(), set1(T(127)));
     const Vec<Int> q = __builtin_convertvector((scaled + magic) - magic, Vec<Int>);
     total += q;
     *reinterpret_cast<typename VecOf<int8_t, L>::unaligned*>(codes + k) =

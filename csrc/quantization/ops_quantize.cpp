@@ -26,8 +26,7 @@ Tensor quantize_op(const Tensor& w, const std::string& format, int64_t group_siz
   return packed;
 }
 
-Tensor dequantize_into(const Weight& weight, const Tensor& like, const int64_t* index, Tensor out) {
-  const int64_t rows = index ? like.numel() : weight.N;
+Tensor dequantize_into(const Weight& weight, const int64_t* index, int64_t rows, Tensor out) {
   const DequantizeArgs args{weight, index, rows, element_of(out.scalar_type()), out.mutable_data_ptr()};
   parallel_tasks((rows + kStrip - 1) / kStrip, 10.0 * double(kStrip * weight.K),
                  [&](int64_t begin, int64_t end) { FW_KERNEL(dequantize)(args, begin, end); });
@@ -40,7 +39,7 @@ Tensor dequantize_op(const Tensor& packed, const std::string& format, int64_t ou
   const PackedWeight weight = weight_of(op, packed, format, out_features, in_features, group_size);
   check(is_floating(dtype), op, "expected dtype float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
   check_finite(op, "packed with finite parameters", weight);
-  return dequantize_into(weight, packed, nullptr, torch::stable::new_empty(packed, {weight.N, weight.K}, dtype));
+  return dequantize_into(weight, nullptr, weight.N, torch::stable::new_empty(packed, {weight.N, weight.K}, dtype));
 }
 
 Tensor dequantize_rows_op(const Tensor& packed, const Tensor& index, const std::string& format, int64_t out_features,
@@ -57,7 +56,7 @@ Tensor dequantize_rows_op(const Tensor& packed, const Tensor& index, const std::
   }
   std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
   sizes.push_back(weight.K);
-  return dequantize_into(weight, ids, id, torch::stable::new_empty(packed, sizes, dtype));
+  return dequantize_into(weight, id, ids.numel(), torch::stable::new_empty(packed, sizes, dtype));
 }
 
 }  // namespace

@@ -8,12 +8,20 @@ from fastweights.ops.attention.functional import (
 )
 from fastweights.ops.attention.state import HybridState
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.quantization.functional import dequantize, quantize, quantized_linear
+from fastweights.ops.quantization.tensor import QuantizedTensor
+from fastweights.quantization import quantize_
 
 __all__ = [
     "HybridState",
+    "QuantizedTensor",
+    "dequantize",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "quantize",
+    "quantize_",
+    "quantized_linear",
     "window_attention",
 ]

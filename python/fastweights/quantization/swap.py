@@ -62,6 +62,7 @@ def quantize_(
     tables: dict[int, QuantizedTensor] = {}
     for names, table in plan:
         module = model.get_submodule(names[0])
+        assert isinstance(module, (nn.Linear, nn.Embedding))
         if table is not None and embedding_format is not None:
             if table not in tables:
                 tables[table] = quantize(
@@ -94,7 +95,7 @@ def _plan(
     names: dict[int, list[str]] = {}
     table_of: dict[int, int | None] = {}
     for name, module in modules:
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) not in (nn.Linear, nn.Embedding) or getattr(module, "max_norm", None):
             continue
         table = id(module.weight) if id(module.weight) in tables else None
         if embeddings if table is not None else not skipped(name, module):

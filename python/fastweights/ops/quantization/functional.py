@@ -16,7 +16,13 @@ from fastweights.ops.quantization.tensor import (
     packed_shape,
 )
 
-__all__ = ["dequantize", "dequantize_rows", "quantize", "quantized_linear", "quantized_linear_fused"]
+__all__ = [
+    "dequantize",
+    "dequantize_rows",
+    "quantize",
+    "quantized_linear",
+    "quantized_linear_fused",
+]
 
 _ops = torch.ops.fastweights
 
@@ -188,30 +194,29 @@ def quantized_linear_fused(
     return result
 
 
-@torch.library.register_fake("fastweights::quantize")
-def _(w: Tensor, format: str, group_size: int) -> Tensor:
-    return w.new_empty(packed_shape(format, *w.shape, group_size), dtype=torch.uint8)
+def _quantize_fake(w: Tensor, format: str, group_size: int) -> Tensor:
+    return w.new_empty(packed_shape(format, w.shape[0], w.shape[1], group_size), dtype=torch.uint8)
 
 
-@torch.library.register_fake("fastweights::dequantize")
-def _(packed: Tensor, format: str, n: int, k: int, group_size: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(
+    packed: Tensor, format: str, n: int, k: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
     return packed.new_empty((n, k), dtype=dtype)
 
 
-@torch.library.register_fake("fastweights::dequantize_rows")
-def _(
+def _dequantize_rows_fake(
     packed: Tensor, index: Tensor, format: str, n: int, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     return packed.new_empty((*index.shape, k), dtype=dtype)
 
 
-@torch.library.register_fake("fastweights::quantized_linear")
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, n: int, *layout: Any) -> Tensor:
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, format: str, n: int, *layout: Any
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
 
-@torch.library.register_fake("fastweights::quantized_linear_fused")
-def _(
+def _fused_fake(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
@@ -226,8 +231,9 @@ def _(
     return x.new_empty((*x.shape[:-1], n))
 
 
-@torch.library.register_fake("fastweights::quantized_linear_backward")
-def _(dy: Tensor, packed: Tensor, format: str, n: int, k: int, group_size: int) -> Tensor:
+def _linear_backward_fake(
+    dy: Tensor, packed: Tensor, format: str, n: int, k: int, group_size: int
+) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], k))
 
 
@@ -240,11 +246,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    dx = _ops.quantized_linear_backward(dy, packed, *ctx.layout) if ctx.needs_input_grad[0] else None
+    dx = (
+        _ops.quantized_linear_backward(dy, packed, *ctx.layout) if ctx.needs_input_grad[0] else None
+    )
     db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return dx, None, db, None, None, None, None, None
 
 
+torch.library.register_fake("fastweights::quantize", _quantize_fake)
+torch.library.register_fake("fastweights::dequantize", _dequantize_fake)
+torch.library.register_fake("fastweights::dequantize_rows", _dequantize_rows_fake)
+torch.library.register_fake("fastweights::quantized_linear", _linear_fake)
+torch.library.register_fake("fastweights::quantized_linear_fused", _fused_fake)
+torch.library.register_fake("fastweights::quantized_linear_backward", _linear_backward_fake)
 torch.library.register_autograd(
     "fastweights::quantized_linear", _backward, setup_context=_setup_context
 )

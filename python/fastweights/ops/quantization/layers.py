@@ -119,6 +119,7 @@ class QuantizedLinear(_Quantized):
         return quantized_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
+        """Sizes, format and activation mode."""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"{super().extra_repr()}, activation={self.activation}"
@@ -152,6 +153,7 @@ class QuantizedEmbedding(_Quantized):
         return dequantize_rows(self.weight, index.long(), self.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes and format."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
 
 

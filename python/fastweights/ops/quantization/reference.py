@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization.tensor import LINE, STRIP, QuantizedTensor
+from fastweights.ops.quantization.tensor import FORMATS, LINE, STRIP, QuantizedTensor
 
 __all__ = [
     "dequantize",
@@ -32,7 +32,7 @@ def quantize(
     )
     scale, minimum = _fit(groups, inside, format)
     codes = _nearest(groups, scale, minimum, format) * inside
-    return pack(codes, scale, minimum, format, tuple(w.shape), activation)
+    return pack(codes, scale, minimum, format, (w.shape[0], w.shape[1]), activation)
 
 
 def dequantize(qt: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,7 +57,8 @@ def dequantize_rows(
     qt: QuantizedTensor, index: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Same contract as `fastweights.functional.dequantize_rows`."""
-    return dequantize(qt, dtype)[index]
+    rows: Tensor = dequantize(qt, dtype)[index]
+    return rows
 
 
 def quantized_linear_fused(
@@ -85,8 +86,9 @@ def quantize_activations(x: Tensor) -> Tensor:
     """Every 32 inputs of a row rounded to multiples of their largest magnitude / 127."""
     blocks = _pad(x.float(), -1, BLOCK).unflatten(-1, (-1, BLOCK))
     absmax = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(absmax > 1e-36, 127.0 / absmax, 0.0)
-    rounded = (blocks * inverse).round() * (absmax / 127.0)
+    # Two tensors: torch divides a number by a tensor in two roundings.
+    inverse = torch.where(absmax > 1e-36, torch.full_like(absmax, 127) / absmax, 0.0)
+    rounded: Tensor = (blocks * inverse).round() * (absmax / 127.0)
     return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
@@ -144,7 +146,9 @@ def pack(
 ) -> QuantizedTensor:
     """Codes ``[N, G, g]``, scale and minimum ``[N, G, 1]`` in the layout of the kernels."""
     group_size = codes.shape[2]
-    codes, scale, minimum = (_pad(t, 0, STRIP).unflatten(0, (-1, STRIP)) for t in (codes, scale, minimum))
+    codes, scale, minimum = (
+        _pad(t, 0, STRIP).unflatten(0, (-1, STRIP)) for t in (codes, scale, minimum)
+    )
     if format == "int4":  # [S, 16, G, lines, high or low nibble, 4]
         nibbles = codes.to(torch.uint8).unflatten(3, (-1, 2, 4))
         words = nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)
@@ -161,7 +165,8 @@ def unpack(qt: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
     n, k = qt.shape
     groups = -(-k // qt.group_size)
     strips = qt.packed.shape[0]
-    stored = qt.packed.reshape(strips, groups, -1, STRIP, 4)
+    lines = qt.group_size * FORMATS[qt.format] // 32
+    stored = qt.packed.reshape(strips, groups, lines + 1, STRIP, 4)
     words = stored[:, :, :-1].permute(0, 3, 1, 2, 4)  # [S, 16, G, lines, 4]
     if qt.format == "int4":
         codes = torch.stack([words & 15, words >> 4], 4).flatten(3)

@@ -73,6 +73,13 @@ def _flatten(qt: QuantizedTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
     return [qt.packed], (qt.format, tuple(qt.shape), qt.group_size, qt.activation)
 
 
+def _flatten_with_keys(
+    qt: QuantizedTensor,
+) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[Any, ...]]:
+    children, context = _flatten(qt)
+    return [(pytree.GetAttrKey("packed"), children[0])], context
+
+
 def _unflatten(children: Any, context: Any) -> QuantizedTensor:
     (packed,) = children
     format, shape, group_size, activation = context
@@ -92,6 +99,7 @@ pytree.register_pytree_node(
     QuantizedTensor,
     _flatten,
     _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="fastweights.QuantizedTensor",
     to_dumpable_context=_dump,
     from_dumpable_context=_restore,
