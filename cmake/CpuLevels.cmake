@@ -6,6 +6,10 @@ set(FASTWEIGHTS_FLAGS_avx512 ${FASTWEIGHTS_FLAGS_avx2} -mavx512f -mavx512bw -mav
                              -mprefer-vector-width=512)
 set(FASTWEIGHTS_FLAGS_avx512_bf16 ${FASTWEIGHTS_FLAGS_avx512} -mavx512vnni -mavx512bf16)
 
+if(FASTWEIGHTS_WIDE)
+  list(APPEND FASTWEIGHTS_FLAGS_avx2 -DFW_WIDE)
+endif()
+
 function(fastweights_add_levels target sources)
   set(levels baseline)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -17,7 +21,7 @@ function(fastweights_add_levels target sources)
     target_compile_definitions(kernels_${level} PRIVATE FW_LEVEL=${level})
     target_compile_options(kernels_${level} PRIVATE ${FASTWEIGHTS_FLAGS_${level}} -fno-exceptions -fno-rtti -Wno-psabi
                            # GCC 12 warns about its own AVX-512 header (gcc.gnu.org/PR105593)
-                           -Wno-maybe-uninitialized)
+                           -Wno-uninitialized -Wno-maybe-uninitialized)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:kernels_${level}>)
   endforeach()
 endfunction()

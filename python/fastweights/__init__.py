@@ -16,9 +16,14 @@ from fastweights.ops.attention.functional import (
 )
 from fastweights.ops.attention.state import HybridState
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.quantization.functional import dequantize, quantize, quantized_linear
+from fastweights.ops.quantization.tensor import QuantizedTensor
+from fastweights.quantization import quantize_
 
 __all__ = [
     "HybridState",
+    "QuantizedTensor",
+    "dequantize",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
@@ -26,6 +31,9 @@ __all__ = [
     "linearize",
     "load",
     "perplexity",
+    "quantize",
+    "quantize_",
+    "quantized_linear",
     "recover",
     "save",
     "transfer_attention",

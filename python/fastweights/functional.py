@@ -6,11 +6,23 @@ from fastweights.ops.attention.functional import (
     window_attention,
 )
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.quantization.functional import (
+    dequantize,
+    dequantize_rows,
+    quantize,
+    quantized_linear,
+    quantized_linear_fused,
+)
 
 __all__ = [
+    "dequantize",
+    "dequantize_rows",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "quantize",
+    "quantized_linear",
+    "quantized_linear_fused",
     "window_attention",
 ]

@@ -1,3 +1,9 @@
 """Every module, flat: `fastweights.nn.<Module>`."""
 
-__all__: list[str] = []
+from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear, fuse_linears
+
+__all__ = [
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "fuse_linears",
+]

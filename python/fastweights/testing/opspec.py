@@ -7,7 +7,7 @@ generic tests), `fastweights.testing.bench` and `fastweights.testing.support`.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -202,7 +202,7 @@ def all_specs() -> list[OpSpec]:
 
     specs: list[OpSpec] = []
     for family in sorted(module.name for module in pkgutil.iter_modules(fastweights.ops.__path__)):
-        if family.startswith("_"):
-            continue
-        specs += importlib.import_module(f"fastweights.ops.{family}.spec").SPECS
+        name = f"fastweights.ops.{family}.spec"
+        if not family.startswith("_") and importlib.util.find_spec(name) is not None:
+            specs += importlib.import_module(name).SPECS
     return specs

@@ -1,0 +1,135 @@
+// Rows of x as the matmul kernels want them: normalised or gated if asked, then quantized to int8 per 32 inputs (or
+// kept as they are), in panels of rows. A row's result depends on that row alone.
+#include "core/scratch.h"
+#include "core/vmath.h"
+#include "quantization/kernel.h"
+
+namespace fastweights::quantization::FW_LEVEL {
+
+using namespace ::fastweights::FW_LEVEL;
+
+// The row as T, `gated` or normalised, zero from K to Kp.
+template <typename S, typename T = Compute<S>>
+static void load_row(const ActivationArgs& a, int64_t m, T* row, int64_t Kp) {
+  constexpr int L = kLanes<T>;
+  const S* x = static_cast<const S*>(a.x) + m * a.x_stride;
+  for (int64_t k = 0; k < a.K; k += L) {
+    const int64_t n = a.K - k < L ? a.K - k : L;
+    Vec<T> v = load_as(x + k, n);
+    if (a.prologue.gated) v = v * sigmoid(v) * load_as(x + a.K + k, n);
+    store_as(row + k, v, n);
+  }
+  for (int64_t k = a.K; k < Kp; ++k) row[k] = 0;
+  if (!a.prologue.norm_weight) return;
+
+  Vec<T> squares = zero<T>();
+  for (int64_t k = 0; k < Kp; k += L) squares = fma(load(row + k), load(row + k), squares);
+  const T mean = reduce_add<T>(squares) / T(a.K);
+  const T factor = T(1) / (sizeof(T) == 4 ? T(__builtin_sqrtf(float(mean) + a.prologue.norm_eps))
+                                          : T(__builtin_sqrt(double(mean) + double(a.prologue.norm_eps))));
+  for (int64_t k = 0; k < a.K; ++k) row[k] *= factor * T(a.prologue.norm_weight[k]);
+}
+
+// kBlock values to int8; returns the scale, and the sum of the codes through `sum`. A block that holds an infinity or
+// NaN gets the scale NaN, so that the outputs say so.
+template <typename T>
+FW_INLINE float quantize_block(const T* x, int8_t* codes, int32_t* sum) {
+  constexpr int L = kLanes<T>;
+  using Int = typename IntOf<T>::type;
+  Vec<T> most = zero<T>(), poison = zero<T>();
+  FW_UNROLL
+  for (int k = 0; k < kBlock; k += L) {
+    const Vec<T> v = load(x + k);
+    most = max(abs(v), most);
+    poison += v * T(0);
+  }
+  const T absmax = reduce_max<T>(most);
+  const bool finite = reduce_add<T>(poison) == T(0);
+  // Below this the inverse would overflow; such values are zero beside anything else that a model computes.
+  const T inverse = finite && absmax > T(1e-36) ? T(127) / absmax : T(0);
+  const T magic = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^(mantissa bits): rounds half to even
+  Vec<Int> total = zero<Int>();
+  FW_UNROLL
+  for (int k = 0; k < kBlock; k += L) {
+    // The bound also keeps product and sum two roundings, so that every level gives the same codes.
+    const Vec<T> scaled = min(finite ? load(x + k) * inverse : zero<T>(), set1(T(127)));
+    const Vec<Int> q = __builtin_convertvector((scaled + magic) - magic, Vec<Int>);
+    total += q;
+    *reinterpret_cast<typename VecOf<int8_t, L>::unaligned*>(codes + k) =
+        __builtin_convertvector(q, typename VecOf<int8_t, L>::type);
+  }
+  *sum = int32_t(reduce_add<Int>(total));
+  if (!finite) return __builtin_nanf("");
+  return inverse > 0 ? float(absmax / T(127)) : 0.0f;
+}
+
+template <typename T>
+static void emit_codes(const ActivationArgs& a, const T* row, int64_t panel, int64_t r, int64_t R) {
+  const int64_t Kp = a.groups * a.group, blocks = Kp / kBlock, per_group = a.group / kBlock;
+  int8_t* codes = a.out.codes + panel * Kp;
+  float* scales = a.out.scales + panel * blocks;
+  int32_t* code_sums = a.out.code_sums + panel * blocks;
+  float* sums = static_cast<float*>(a.out.sums) + panel * a.groups;
+  for (int64_t g = 0; g < a.groups; ++g) {
+    float group_sum = 0.0f;
+    for (int64_t b = g * per_group; b < (g + 1) * per_group; ++b) {
+      alignas(64) int8_t q[kBlock];
+      int32_t sum;
+      const float scale = quantize_block(row + b * kBlock, q, &sum);
+      for (int64_t i = 0; i < kBlock / 4; ++i) __builtin_memcpy(codes + ((b * 8 + i) * R + r) * 4, q + 4 * i, 4);
+      scales[b * R + r] = scale;
+      code_sums[b * R + r] = sum;
+      group_sum += scale * float(sum);
+    }
+    sums[g * R + r] = group_sum;
+  }
+}
+
+template <typename T>
+static void emit_values(const ActivationArgs& a, const T* row, int64_t panel, int64_t r, int64_t R) {
+  constexpr int L = kLanes<T>;
+  T* values = static_cast<T*>(a.out.values) + panel * a.groups * a.group;
+  T* sums = static_cast<T*>(a.out.sums) + panel * a.groups;
+  for (int64_t g = 0; g < a.groups; ++g) {
+    const T* x = row + g * a.group;
+    T* out = values + g * a.group * R;
+    for (int64_t t = 0; t < 4; ++t) {
+      for (int64_t j = 0; j < a.group / 4; ++j) out[(t * (a.group / 4) + j) * R + r] = x[4 * j + t];
+    }
+    Vec<T> sum = zero<T>();
+    for (int64_t k = 0; k < a.group; k += L) sum += load(x + k);
+    sums[g * R + r] = reduce_add<T>(sum);
+  }
+}
+
+template <typename S>
+static void pack_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  const int64_t Kp = a.groups * a.group;
+  const int64_t panel_rows = a.out.quantized ? kIntRows : kFloatRows;
+  Scratch scratch(Scratch::take_bytes<T>(Kp));
+  T* row = scratch.take<T>(Kp);
+  for (int64_t m = begin; m < end; ++m) {
+    const int64_t r = m % panel_rows, panel = m - r;
+    const int64_t R = a.M - panel < panel_rows ? a.M - panel : panel_rows;
+    load_row<S>(a, m, row, Kp);
+    a.out.quantized ? emit_codes<T>(a, row, panel, r, R) : emit_values<T>(a, row, panel, r, R);
+  }
+}
+
+void pack_activations(const ActivationArgs& a, int64_t begin, int64_t end) noexcept {
+  begin *= kSourceRows;
+  end = end * kSourceRows < a.M ? end * kSourceRows : a.M;
+  switch (a.element) {
+    case Element::f32:
+      return pack_rows<float>(a, begin, end);
+    case Element::bf16:
+      return pack_rows<bfloat16>(a, begin, end);
+    case Element::f16:
+      return pack_rows<float16>(a, begin, end);
+    case Element::f64:
+      return pack_rows<double>(a, begin, end);
+  }
+}
+
+}  // namespace fastweights::quantization::FW_LEVEL

@@ -1,0 +1,113 @@
+// What the torch side of the quantization family and its kernels agree on: the packed weight and the arguments.
+//
+// A weight W [N, K] is stored as strips of 16 outputs. A strip is one sequential stream of groups along K, and a group
+// of `group` inputs is
+//   lines       64 bytes = 16 outputs x 4 bytes. int8: byte (r, t) of line l is the code of W[r, 4l + t]. int4: its low
+//               nibble is the code of W[r, 8l + t], its high nibble that of W[r, 8l + 4 + t].
+//   parameters  64 bytes = 16 float16 scales, then 16 float16 minima.
+// and W[n, k] = scale * code + minimum with codes 0..15 (int4) or -127..127 (int8). Every line is 64-byte aligned
+// relative to the strip, one vector of any level holds whole outputs, and lanes are outputs: no horizontal sums.
+// Outputs beyond N have scale = minimum = 0; inputs beyond K have code 0 and meet activations that are 0.
+#pragma once
+
+#include "core/levels.h"
+
+namespace fastweights::quantization {
+
+enum class Format : int { int4, int8 };
+
+constexpr int64_t kStrip = 16;      // outputs per strip
+constexpr int64_t kLine = 64;       // bytes of a line, and of a group's parameters
+constexpr int64_t kBlock = 32;      // inputs that share one activation scale
+constexpr int64_t kIntRows = 4;      // rows per panel of int8 activations
+constexpr int64_t kFloatRows = 6;    // rows per panel of float activations
+constexpr int64_t kSourceRows = 12;  // rows of x per pack_activations task: whole panels of both kinds
+constexpr int64_t kRowBlock = 60;    // rows of x per matmul task: whole panels of both kinds
+
+struct Weight {
+  Format format;
+  int64_t N, K, group;
+  int64_t strips, groups;             // ceil(N / 16), ceil(K / group)
+  int64_t group_bytes, strip_bytes;   // bytes of one group of one strip, of one strip
+  const uint8_t* packed;
+};
+
+// Task = strip: fits scales and minima of 16 outputs and packs their codes.
+struct QuantizeArgs {
+  Weight weight;     // its shape; `packed` is not read
+  Element element;
+  const void* w;     // [N, K], rows w_stride elements apart
+  int64_t w_stride;
+  uint8_t* packed;   // out
+};
+FW_DECLARE_KERNEL(quantize, QuantizeArgs)
+
+// Task = 16 rows of out. Row i of out is row index[i] of the weight, or row i where index is null.
+struct DequantizeArgs {
+  Weight weight;
+  const int64_t* index;
+  int64_t rows;
+  Element element;
+  void* out;  // [rows, K]
+};
+FW_DECLARE_KERNEL(dequantize, DequantizeArgs)
+
+// What happens to a row of x before it meets the weight.
+struct Prologue {
+  const float* norm_weight;  // [K] or null: x <- x * norm_weight / sqrt(mean(x^2) + norm_eps)
+  float norm_eps;
+  bool gated;                // x holds 2K elements: x <- silu(x[:K]) * x[K:]
+};
+
+// Activations as the matmul kernels read them, padded with zeros to whole groups. Rows come in panels of R = kIntRows
+// (kFloatRows) rows, the last panel holding what is left; within a panel
+//   codes   int8  [Kp / 4][R][4]           codes * scales = x
+//   values  T     [groups][4][group / 4][R]  x[g * group + 4j + t] at [g][t][j]
+//   scales  float [Kp / 32][R], code_sums int32 [Kp / 32][R]: per block of 32, the scale and the sum of the codes
+//   sums    T     [groups][R]              sum of the (quantized) x over the group
+struct Activations {
+  bool quantized;  // codes and scales, else values
+  int8_t* codes;
+  float* scales;
+  int32_t* code_sums;
+  void* values;    // float, or double for Element::f64
+  void* sums;      // float, or double for values in double
+};
+
+// Task = kSourceRows rows of x.
+struct ActivationArgs {
+  Element element;
+  const void* x;  // [M, K] (or [M, 2K]), rows x_stride elements apart
+  int64_t x_stride, M, K, group, groups;
+  Prologue prologue;
+  Activations out;
+};
+FW_DECLARE_KERNEL(pack_activations, ActivationArgs)
+
+// y = x W^T + bias + residual. Task t = (row block t / strips, strip t % strips).
+struct MatmulArgs {
+  Weight weight;
+  Activations x;
+  int64_t M;
+  Element bias_element, element;  // element: of residual and y
+  const void* bias;               // [N] or null
+  const void* residual;           // [M, N], rows residual_stride apart, or null
+  int64_t residual_stride;
+  void* y;                        // out [M, N], rows y_stride apart
+  int64_t y_stride;
+};
+FW_DECLARE_KERNEL(matmul_int8, MatmulArgs)
+FW_DECLARE_KERNEL(matmul_float, MatmulArgs)
+
+// dx = dy W. Task t = (row block t / chunks, chunk of chunk_groups groups t % chunks).
+struct BackwardArgs {
+  Weight weight;
+  Element element;  // of dy and dx
+  const void* dy;   // [M, N], rows dy_stride apart
+  int64_t dy_stride, M;
+  void* dx;         // out [M, K]
+  int64_t chunk_groups, chunks;
+};
+FW_DECLARE_KERNEL(backward, BackwardArgs)
+
+}  // namespace fastweights::quantization

@@ -1,0 +1,184 @@
+// quantized_linear, its backward to the input, and the fused form for inference.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "core/cpu_level.h"
+#include "core/parallel.h"
+#include "quantization/ops_weight.h"
+
+namespace fastweights::quantization {
+namespace {
+
+// The packed activations of one call and the memory behind them.
+class PackedActivations {
+ public:
+  PackedActivations(bool quantized, bool wide, int64_t M, const Weight& w) {
+    const int64_t Kp = w.groups * w.group, blocks = Kp / kBlock, element = wide ? 8 : 4;
+    const int64_t sums = round_up(M * w.groups * element);
+    const int64_t values = round_up(M * Kp * (quantized ? 1 : element));
+    const int64_t scales = quantized ? round_up(M * blocks * 4) : 0;
+    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_t(sums + values + 2 * scales + 64))));
+    if (!memory_) throw std::bad_alloc();
+    uint8_t* p = memory_.get();
+    view.quantized = quantized;
+    view.sums = p;
+    p += sums;
+    view.codes = reinterpret_cast<int8_t*>(p);
+    view.values = p;
+    p += values;
+    view.scales = reinterpret_cast<float*>(p);
+    view.code_sums = reinterpret_cast<int32_t*>(p + scales);
+  }
+
+  Activations view{};
+
+ private:
+  static int64_t round_up(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t, Free> memory_;
+};
+
+bool activation_quantized(const char* op, const std::string& activation) {
+  check(activation == "int8" || activation == "float", op, "expected activation int8 or float, got '", activation,
+        "'");
+  return activation == "int8";
+}
+
+struct Extras {
+  Prologue prologue{nullptr, 0.0f, false};
+  const Tensor* residual = nullptr;
+};
+
+Tensor linear(const char* op, const Tensor& x, const Weight& w, const std::optional<Tensor>& bias, bool quantized,
+              const Extras& extras) {
+  check_cpu(op, "x", x);
+  check_floating(op, "x", x);
+  const int64_t width = w.K * (extras.prologue.gated ? 2 : 1);
+  check(x.dim() >= 1 && x.size(x.dim() - 1) == width, op, "expected x of shape [..., ",
+        extras.prologue.gated ? "2 in_features" : "in_features", "] = [..., ", width, "], got ", shape_of(x));
+  const Element element = element_of(x.scalar_type());
+  const Rows rows = rows_of(x);
+  const int64_t M = rows.count;
+  Tensor y = new_rows(x, w.N);
+
+  MatmulArgs args{};
+  args.weight = w;
+  args.M = M;
+  args.element = element;
+  args.y = y.mutable_data_ptr();
+  args.y_stride = w.N;
+  Tensor bias_owner;
+  if (bias) {
+    check_cpu(op, "bias", *bias);
+    check_floating(op, "bias", *bias);
+    check_shape(op, "bias", *bias, {w.N}, "[out_features]", "out_features");
+    bias_owner = torch::stable::contiguous(*bias);
+    args.bias = bias_owner.const_data_ptr();
+    args.bias_element = element_of(bias_owner.scalar_type());
+  }
+  Rows residual;
+  if (extras.residual) {
+    const Tensor& r = *extras.residual;
+    check_cpu(op, "residual", r);
+    check_same_dtype(op, "residual", r, "x", x);
+    const auto got = r.sizes(), expected = y.sizes();
+    check(std::equal(got.begin(), got.end(), expected.begin(), expected.end()), op, "expected residual of shape ",
+          shape_of(y), " (from x and out_features), got ", shape_of(r));
+    residual = rows_of(r);
+    args.residual = residual.data;
+    args.residual_stride = residual.stride;
+  }
+  if (M == 0 || w.N == 0) return y;
+
+  const bool wide = element == Element::f64 && !quantized;
+  const PackedActivations packed(quantized, wide, M, w);
+  args.x = packed.view;
+  const ActivationArgs source{element, rows.data,          rows.stride, M, w.K, w.group, w.groups,
+                              extras.prologue, packed.view};
+  parallel_tasks((M + kSourceRows - 1) / kSourceRows, 8.0 * double(kSourceRows * w.K),
+                 [&](int64_t begin, int64_t end) { FW_KERNEL(pack_activations)(source, begin, end); });
+  const int64_t blocks = (M + kRowBlock - 1) / kRowBlock;
+  parallel_tasks(blocks * w.strips, 2.0 * double(std::min(M, kRowBlock) * kStrip * w.K),
+                 [&](int64_t begin, int64_t end) {
+                   quantized ? FW_KERNEL(matmul_int8)(args, begin, end) : FW_KERNEL(matmul_float)(args, begin, end);
+                 });
+  return y;
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                        const std::string& format, int64_t out_features, int64_t in_features, int64_t group_size,
+                        const std::string& activation) {
+  constexpr const char* op = "quantized_linear";
+  const PackedWeight w = weight_of(op, packed, format, out_features, in_features, group_size);
+  return linear(op, x, w, bias, activation_quantized(op, activation), {});
+}
+
+Tensor quantized_linear_fused(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& norm_weight, double norm_eps, bool gated,
+                              const std::optional<Tensor>& residual, const std::string& format, int64_t out_features,
+                              int64_t in_features, int64_t group_size, const std::string& activation) {
+  constexpr const char* op = "quantized_linear_fused";
+  const PackedWeight w = weight_of(op, packed, format, out_features, in_features, group_size);
+  Extras extras;
+  Tensor norm;
+  if (norm_weight) {
+    check_cpu(op, "norm_weight", *norm_weight);
+    check_dtype(op, "norm_weight", *norm_weight, ScalarType::Float, "");
+    check_shape(op, "norm_weight", *norm_weight, {w.K}, "[in_features]", "in_features");
+    check(norm_eps >= 0, op, "expected norm_eps >= 0, got ", norm_eps);
+    norm = torch::stable::contiguous(*norm_weight);
+    extras.prologue.norm_weight = static_cast<const float*>(norm.const_data_ptr());
+    extras.prologue.norm_eps = float(norm_eps);
+  }
+  extras.prologue.gated = gated;
+  if (residual) extras.residual = &*residual;
+  return linear(op, x, w, bias, activation_quantized(op, activation), extras);
+}
+
+Tensor quantized_linear_backward(const Tensor& dy, const Tensor& packed, const std::string& format,
+                                 int64_t out_features, int64_t in_features, int64_t group_size) {
+  constexpr const char* op = "quantized_linear_backward";
+  const PackedWeight w = weight_of(op, packed, format, out_features, in_features, group_size);
+  check_cpu(op, "dy", dy);
+  check_floating(op, "dy", dy);
+  check(dy.dim() >= 1 && dy.size(dy.dim() - 1) == w.N, op, "expected dy of shape [..., out_features] = [..., ", w.N,
+        "], got ", shape_of(dy));
+  const Rows rows = rows_of(dy);
+  Tensor dx = new_rows(dy, w.K);
+  if (rows.count == 0 || w.K == 0) return dx;
+  const int64_t chunk_groups = std::max<int64_t>(1, 128 / w.group);
+  const int64_t chunks = (w.groups + chunk_groups - 1) / chunk_groups;
+  const BackwardArgs args{w,          element_of(dy.scalar_type()), rows.data, rows.stride, rows.count, dx.mutable_data_ptr(),
+                          chunk_groups, chunks};
+  const int64_t blocks = (rows.count + kRowBlock - 1) / kRowBlock;
+  parallel_tasks(blocks * chunks, 2.0 * double(std::min(rows.count, kRowBlock) * w.N * w.group),
+                 [&](int64_t begin, int64_t end) { FW_KERNEL(backward)(args, begin, end); });
+  return dx;
+}
+
+}  // namespace
+}  // namespace fastweights::quantization
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
+  m.def(
+      "quantized_linear(Tensor x, Tensor packed, Tensor? bias, str format, int out_features, int in_features, "
+      "int group_size, str activation) -> Tensor");
+  m.def(
+      "quantized_linear_backward(Tensor dy, Tensor packed, str format, int out_features, int in_features, "
+      "int group_size) -> Tensor");
+  m.def(
+      "quantized_linear_fused(Tensor x, Tensor packed, Tensor? bias, Tensor? norm_weight, float norm_eps, bool gated, "
+      "Tensor? residual, str format, int out_features, int in_features, int group_size, str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {
+  using namespace fastweights::quantization;
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward));
+  m.impl("quantized_linear_fused", TORCH_BOX(&quantized_linear_fused));
+}

@@ -1,0 +1,1 @@
+"""Quantized weights: packed layout, quantizers, the quantized linear."""

@@ -1,0 +1,276 @@
+"""Weights of 4 and 8 bits: `quantize`, `dequantize`, `quantized_linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastweights.ops._common import needs_reference, refuse_double_backward, refuse_forward_ad
+from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.tensor import (
+    ACTIVATIONS,
+    FORMATS,
+    QuantizedTensor,
+    packed_shape,
+)
+
+__all__ = [
+    "dequantize",
+    "dequantize_rows",
+    "quantize",
+    "quantized_linear",
+    "quantized_linear_fused",
+]
+
+_ops = torch.ops.fastweights
+
+
+def quantize(
+    w: Tensor, format: str, *, group_size: int | None = None, activation: str = "float"
+) -> QuantizedTensor:
+    """Round a weight to 4 or 8 bits, without calibration.
+
+    Every group of `group_size` inputs of every output gets a float16 scale and minimum. For "int4"
+    they are searched: seven shrunk ranges, each refined by least squares for its codes, the one of
+    least squared error kept. A weight that lies on such a grid already (GGUF Q4_1 at group 32) is
+    reproduced exactly.
+
+    Args:
+        w: ``[N, K]``, any N and K; float32, bfloat16, float16 or float64, finite, magnitudes
+            within float16.
+        format: "int4" (4.5 bits per weight at group 64, 5 at group 32) or "int8" (8.5 at 64).
+        group_size: inputs per scale, a multiple of 32; None means 64.
+        activation: what `quantized_linear` will do with its input, see there. "float" is exact;
+            "int8" is the fast one for many rows.
+
+    Returns:
+        QuantizedTensor; it has no gradient to w.
+
+    Raises:
+        ValueError: unknown format or activation.
+        RuntimeError: a w that is not a finite matrix, a group size that is no multiple of 32.
+
+    Example:
+        >>> import torch, fastweights as fw
+        >>> qt = fw.quantize(torch.randn(48, 100), "int4", group_size=64)
+        >>> y = fw.quantized_linear(torch.randn(3, 100), qt)
+    """
+    if format not in FORMATS:
+        raise ValueError(f"quantize: expected format in {sorted(FORMATS)}, got {format!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"quantize: expected activation in {ACTIVATIONS}, got {activation!r}")
+    group_size = 64 if group_size is None else group_size
+    w = w.detach()
+    if needs_reference(w):
+        return reference.quantize(w, format, group_size=group_size, activation=activation)
+    packed = _ops.quantize(w, format, group_size)
+    return QuantizedTensor(packed, format, (w.shape[0], w.shape[1]), group_size, activation)
+
+
+def dequantize(qt: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight ``[N, K]`` that the codes stand for.
+
+    Args:
+        qt: from `quantize`.
+        dtype: of the result: float32, bfloat16, float16 or float64.
+
+    Raises:
+        RuntimeError: packed bytes of the wrong size, or with scales that are not finite.
+    """
+    if needs_reference(qt.packed):
+        return reference.dequantize(qt, dtype)
+    result: Tensor = _ops.dequantize(qt.packed, qt.format, *qt.shape, qt.group_size, dtype)
+    return result
+
+
+def dequantize_rows(
+    qt: QuantizedTensor, index: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows of the weight, as an embedding looks them up: ``dequantize(qt)[index]``.
+
+    Args:
+        qt: from `quantize`.
+        index: int64 ``[...]``, in ``[0, N)``.
+        dtype: of the result ``[..., K]``.
+
+    Raises:
+        RuntimeError: an index outside the weight.
+    """
+    if needs_reference(qt.packed, index):
+        return reference.dequantize(qt, dtype)[index]
+    result: Tensor = _ops.dequantize_rows(
+        qt.packed, index, qt.format, *qt.shape, qt.group_size, dtype
+    )
+    return result
+
+
+def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """``y = x W^T + bias`` with a quantized weight that is never written out.
+
+    With ``qt.activation == "float"`` x meets the exact ``scale * code + minimum`` in float32. With
+    "int8" every 32 inputs of a row of x are first rounded to multiples of their largest
+    magnitude / 127 (relative error about 0.4 %). Either way a row's result is the same bits for any
+    number of rows, and for any number of threads. The gradient to x is ``dy W`` (straight-through
+    for "int8"); it decodes panels of the packed weight, which is all that is saved.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64 (computed in float32; in float64 for
+            float64 with activation "float").
+        qt: weight ``[N, K]`` from `quantize`.
+        bias: ``[N]``, any floating dtype.
+
+    Returns:
+        ``[..., N]`` in the dtype of x. An infinity or NaN in x makes its row NaN under "int8".
+
+    Raises:
+        RuntimeError: sizes that do not match.
+        NotImplementedError: double backward or forward-mode differentiation.
+
+    Cost: one pass over the packed weight for few rows (memory-bound), 2 M N K operations for many.
+    """
+    refuse_forward_ad("quantized_linear", x, bias)
+    if needs_reference(x, qt.packed):
+        return reference.quantized_linear(x, qt, bias)
+    result: Tensor = _ops.quantized_linear(
+        x, qt.packed, bias, qt.format, *qt.shape, qt.group_size, qt.activation
+    )
+    return result
+
+
+def quantized_linear_fused(
+    x: Tensor,
+    qt: QuantizedTensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`quantized_linear` with what a decoder puts around it, in one call. For inference only.
+
+    ``y = f(x) W^T + bias + residual``, where f is the identity, an RMS norm
+    ``x * norm_weight / sqrt(mean(x^2) + norm_eps)``, a gate ``silu(x[..., :K]) * x[..., K:]``, or
+    the gate followed by the norm.
+
+    Args:
+        x: ``[..., K]``, or ``[..., 2 K]`` when `gated`.
+        qt: weight ``[N, K]``.
+        bias: ``[N]``.
+        norm_weight: float32 ``[K]``.
+        norm_eps: added to the mean square.
+        gated: whether x holds the gate and the value of a SwiGLU block side by side.
+        residual: ``[..., N]`` in the dtype of x, added to the result.
+
+    Raises:
+        RuntimeError: sizes that do not match.
+        NotImplementedError: an input that requires grad.
+    """
+    if needs_reference(x, qt.packed):
+        return reference.quantized_linear_fused(
+            x,
+            qt,
+            bias,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+            gated=gated,
+            residual=residual,
+        )
+    result: Tensor = _ops.quantized_linear_fused(
+        x,
+        qt.packed,
+        bias,
+        norm_weight,
+        norm_eps,
+        gated,
+        residual,
+        qt.format,
+        *qt.shape,
+        qt.group_size,
+        qt.activation,
+    )
+    return result
+
+
+def _quantize_fake(w: Tensor, format: str, group_size: int) -> Tensor:
+    return w.new_empty(packed_shape(format, w.shape[0], w.shape[1], group_size), dtype=torch.uint8)
+
+
+def _dequantize_fake(
+    packed: Tensor, format: str, n: int, k: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty((n, k), dtype=dtype)
+
+
+def _dequantize_rows_fake(
+    packed: Tensor, index: Tensor, format: str, n: int, k: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty((*index.shape, k), dtype=dtype)
+
+
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, format: str, n: int, *layout: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _fused_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    gated: bool,
+    residual: Tensor | None,
+    format: str,
+    n: int,
+    *layout: Any,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _linear_backward_fake(
+    dy: Tensor, packed: Tensor, format: str, n: int, k: int, group_size: int
+) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], k))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, bias, *layout, _ = inputs
+    ctx.save_for_backward(packed)
+    ctx.layout = layout
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors
+    dx = (
+        _ops.quantized_linear_backward(dy, packed, *ctx.layout) if ctx.needs_input_grad[0] else None
+    )
+    db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return dx, None, db, None, None, None, None, None
+
+
+torch.library.register_fake("fastweights::quantize", _quantize_fake)
+torch.library.register_fake("fastweights::dequantize", _dequantize_fake)
+torch.library.register_fake("fastweights::dequantize_rows", _dequantize_rows_fake)
+torch.library.register_fake("fastweights::quantized_linear", _linear_fake)
+torch.library.register_fake("fastweights::quantized_linear_fused", _fused_fake)
+torch.library.register_fake("fastweights::quantized_linear_backward", _linear_backward_fake)
+torch.library.register_autograd(
+    "fastweights::quantized_linear", _backward, setup_context=_setup_context
+)
+refuse_double_backward("quantized_linear")
+
+
+def _autocast(x: Tensor, *rest: Any) -> Tensor:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        x = x.to(torch.get_autocast_dtype("cpu")) if x.dtype == torch.float32 else x
+        result: Tensor = _ops.quantized_linear(x, *rest)
+        return result
+
+
+torch.library.impl("fastweights::quantized_linear", "AutocastCPU", _autocast)

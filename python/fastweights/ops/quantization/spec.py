@@ -1,0 +1,224 @@
+"""Specs of the quantization family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastweights.ops.quantization import functional, reference
+from fastweights.ops.quantization.tensor import QuantizedTensor
+from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
+
+EXACT = Tolerance(output=2e-6, gradient=2e-6)
+TOLERANCES = {
+    torch.float32: EXACT,
+    torch.bfloat16: Tolerance(output=5e-3, gradient=5e-3),
+    torch.float16: Tolerance(output=7e-4, gradient=7e-4),
+    torch.float64: Tolerance(output=1e-12, gradient=1e-12),
+}
+
+
+def _weight(
+    n: int, k: int, format: str, group_size: int, activation: str = "float", seed: int = 0
+) -> QuantizedTensor:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    return functional.quantize(w, format, group_size=group_size, activation=activation)
+
+
+def _x(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _linear_samples(activation: str, dtype: torch.dtype) -> list[Sample]:
+    calls = []
+    for n, k, format, group, rows in (
+        (37, 129, "int4", 32, (1,)),
+        (48, 100, "int4", 64, (2, 3)),
+        (16, 64, "int8", 64, (5,)),
+        (33, 300, "int8", 128, (1,)),
+        (1, 1, "int4", 32, (7,)),
+        (20, 150, "int4", 64, (61,)),
+        (20, 70, "int8", 32, (61,)),
+        (20, 64, "int4", 64, (0, 3)),
+    ):
+        weight = _weight(n, k, format, group, activation)
+        bias = _x(n, dtype=dtype, seed=2) if n != 16 else None
+        calls.append(sample(_x(*rows, k, dtype=dtype), weight, bias))
+    return calls
+
+
+def _samples(dtype: torch.dtype) -> list[Sample]:
+    """Both activation modes, but for float64: int8 sums in float32 whatever the dtype of x."""
+    vector = sample(_x(40, dtype=dtype), _weight(0, 40, "int4", 32))
+    int8 = _linear_samples("int8", dtype) if dtype != torch.float64 else []
+    return [*_linear_samples("float", dtype), vector, *int8]
+
+
+def _fused_samples(dtype: torch.dtype) -> list[Sample]:
+    mode = "float" if dtype == torch.float64 else "int8"
+    weight, exact = _weight(40, 100, "int4", 64, mode), _weight(40, 100, "int8", 32)
+    norm = torch.rand(100, generator=torch.Generator().manual_seed(3)) + 0.5
+    residual, bias = _x(5, 40, dtype=dtype, seed=4), _x(40, dtype=dtype, seed=5)
+    x, pair = _x(5, 100, dtype=dtype), _x(5, 200, dtype=dtype)
+    return [
+        sample(x, weight, norm_weight=norm, norm_eps=1e-5),
+        sample(x[:1], exact, bias, norm_weight=norm, residual=residual[:1]),
+        sample(pair, weight, gated=True, residual=residual),
+        sample(pair, exact, bias, gated=True, norm_weight=norm),
+        sample(pair[:0], weight, gated=True),
+    ]
+
+
+def _raw(**changed: object) -> Tensor:
+    """`torch.ops.fastweights.quantized_linear` of a weight [48, 100] with some arguments wrong."""
+    call: dict[str, object] = {
+        "x": torch.zeros(3, 100),
+        "packed": _weight(48, 100, "int4", 64).packed,
+        "bias": None,
+        "format": "int4",
+        "out_features": 48,
+        "in_features": 100,
+        "group_size": 64,
+        "activation": "int8",
+    }
+    result: Tensor = torch.ops.fastweights.quantized_linear(**(call | changed))
+    return result
+
+
+def _public(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return functional.quantized_linear(x, _weight(48, 100, "int4", 64), bias)
+
+
+LINEAR_BAD = [
+    BadInput(
+        lambda: _public(torch.zeros(3, 99)),
+        RuntimeError,
+        r"quantized_linear: expected x of shape \[\.\.\., in_features\] = \[\.\.\., 100\], got \[3",
+    ),
+    BadInput(
+        lambda: _public(torch.zeros(3, 100), torch.zeros(47)),
+        RuntimeError,
+        r"quantized_linear: expected bias of shape \[out_features\] = \[48\]",
+    ),
+    BadInput(lambda: _public(torch.zeros(3, 100).int()), RuntimeError, r"expected x of dtype"),
+    BadInput(lambda: _public(torch.zeros(())), RuntimeError, r"expected x of shape"),
+    BadInput(
+        lambda: _raw(out_features=49),
+        RuntimeError,
+        r"quantized_linear: expected packed of shape \[strips, bytes\] = \[4, 1152\]",
+    ),
+    BadInput(lambda: _raw(in_features=129), RuntimeError, r"expected packed of shape"),
+    BadInput(lambda: _raw(format="int8"), RuntimeError, r"expected packed of shape"),
+    BadInput(
+        lambda: _raw(format="int5"), RuntimeError, r"expected format int4 or int8, got 'int5'"
+    ),
+    BadInput(
+        lambda: _raw(group_size=-64), RuntimeError, r"expected group_size a positive multiple"
+    ),
+    BadInput(lambda: _raw(group_size=48), RuntimeError, r"expected group_size a positive multiple"),
+    BadInput(lambda: _raw(out_features=2**62), RuntimeError, r"expected 0 <= out_features < 2\^31"),
+    BadInput(lambda: _raw(in_features=-1), RuntimeError, r"expected 0 <= in_features < 2\^31"),
+    BadInput(lambda: _raw(activation="int4"), RuntimeError, r"expected activation int8 or float"),
+    BadInput(
+        lambda: _raw(packed=torch.zeros(3, 1152)), RuntimeError, r"expected packed of dtype uint8"
+    ),
+]
+
+
+def _fused(**changed: object) -> Tensor:
+    call: dict[str, object] = {"x": torch.zeros(3, 100)}
+    return functional.quantized_linear_fused(
+        qt=_weight(48, 100, "int4", 64),
+        **(call | changed),  # type: ignore[arg-type]
+    )
+
+
+FUSED_BAD = [
+    BadInput(
+        lambda: _fused(gated=True),
+        RuntimeError,
+        r"quantized_linear_fused: expected x of shape \[\.\.\., 2 in_features\] = \[\.\.\., 200\]",
+    ),
+    BadInput(
+        lambda: _fused(norm_weight=torch.ones(99)), RuntimeError, r"expected norm_weight of shape"
+    ),
+    BadInput(
+        lambda: _fused(norm_weight=torch.ones(100).double()),
+        RuntimeError,
+        r"expected norm_weight of dtype float32",
+    ),
+    BadInput(
+        lambda: _fused(norm_weight=torch.ones(100), norm_eps=-1.0),
+        RuntimeError,
+        r"expected norm_eps >= 0",
+    ),
+    BadInput(
+        lambda: _fused(residual=torch.ones(3, 47)), RuntimeError, r"expected residual of shape"
+    ),
+    BadInput(
+        lambda: _fused(residual=torch.ones(3, 48).double()),
+        RuntimeError,
+        r"expected residual of dtype float32",
+    ),
+    BadInput(
+        lambda: torch.ops.fastweights.quantized_linear_fused(
+            torch.zeros(3, 100),
+            torch.zeros(3, 9).byte(),
+            None,
+            None,
+            0.0,
+            False,
+            None,
+            "int4",
+            48,
+            100,
+            64,
+            "float",
+        ),
+        RuntimeError,
+        r"quantized_linear_fused: expected packed of shape",
+    ),
+]
+
+
+def _bench(n: int, k: int, m: int, activation: str, format: str = "int4") -> BenchCase:
+    bits = {"int4": 4.5, "int8": 8.5}[format]
+    return BenchCase(
+        f"{format} {activation} M{m} N{n} K{k}",
+        make=lambda dtype: sample(_x(m, k, dtype=dtype), _weight(n, k, format, 64, activation)),
+        flops=2.0 * m * n * k,
+        bytes=n * k * bits / 8 + 4 * m * (n + k),
+        reference=m * n * k < 1 << 31,
+    )
+
+
+BENCH = [
+    _bench(n, k, m, activation)
+    for n, k in ((4096, 4096), (1536, 576))
+    for m in (1, 16, 512)
+    for activation in ("int8", "float")
+]
+
+SPECS = [
+    OpSpec(
+        name="quantized_linear",
+        family="quantization",
+        function=functional.quantized_linear,
+        reference=reference.quantized_linear,
+        samples=_samples,
+        tolerances=TOLERANCES,
+        differentiable=("x", "bias"),
+        gradcheck=lambda: _linear_samples("float", torch.float64)[:6],
+        bad_inputs=LINEAR_BAD,
+        bench=BENCH,
+    ),
+    OpSpec(
+        name="quantized_linear_fused",
+        family="quantization",
+        function=functional.quantized_linear_fused,
+        reference=reference.quantized_linear_fused,
+        samples=_fused_samples,
+        tolerances=TOLERANCES,
+        bad_inputs=FUSED_BAD,
+    ),
+]
