@@ -23,27 +23,41 @@ _INDEX = "model.safetensors.index.json"
 def save(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Writes `model` and `tokenizer` as a Hugging Face folder, with a checksum of every file.
 
-    The folder is what `save_pretrained` writes (config.json, safetensors, tokenizer with its chat
-    template) and the list of SHA-256 sums by which `load` notices a changed bit.
+    The folder holds what `save_pretrained` writes (config.json, safetensors, tokenizer with its
+    chat template) and the SHA-256 sums by which `load` notices a changed bit. A model quantized by
+    `quantize_` is stored in its packed form.
 
     Args:
-        model: a Hugging Face model, converted or not.
+        model: a Hugging Face model, converted and quantized or not.
         tokenizer: its tokenizer.
         path: the folder; created if it does not exist.
 
     Raises:
         ValueError: LoRA is not merged.
     """
+    from fastweights.conversion.quantized import describe_quantized
+
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError(
             "save: expected merged adapters (fastweights.adapters.merge_lora), got LoRALinear layers"
         )
     folder = Path(path)
-    model.save_pretrained(folder)
+    if quantized := describe_quantized(model):
+        described = getattr(model.config, "fastweights", {})
+        model.config.fastweights = {**described, "quantized": quantized}
+    model.save_pretrained(folder, state_dict=_without_aliases(model.state_dict()))
     tokenizer.save_pretrained(folder)
     files = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != _MANIFEST)
     sums = {name: _sha256(folder / name) for name in files}
     (folder / _MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every stored tensor once, under its first name."""
+    first: dict[tuple[int, int], str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault((tensor.data_ptr(), tensor.numel()), name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -94,11 +108,18 @@ def _load_converted(source: Path, description: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from fastweights.conversion.quantized import prepare_quantized
+
     recipe, kept = _parse(source, description)
     config = AutoConfig.from_pretrained(source)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    linearize(model, recipe, keep_softmax=kept)
+    if recipe is not None:
+        linearize(model, recipe, keep_softmax=kept)
+    tied = set(model.all_tied_weights_keys)
+    if "quantized" in description:
+        tied |= prepare_quantized(model, description["quantized"])
+        model.config.fastweights = description
     tensors = _read_tensors(source)
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in tensors.items():
@@ -111,17 +132,17 @@ def _load_converted(source: Path, description: Any, dtype: torch.dtype) -> Any:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"load: {name} in {source} has values that are not finite")
     result = model.load_state_dict(tensors, strict=False)
-    tied = set(model.all_tied_weights_keys)
     missing = [name for name in result.missing_keys if name not in tied]
     if missing:
         raise ValueError(f"load: {source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    model.tie_weights()
     return model
 
 
-def _parse(source: Path, description: Any) -> tuple[Recipe, list[int]]:
-    """The conversion that config.json describes, every value's type checked."""
+def _parse(source: Path, description: Any) -> tuple[Recipe | None, list[int]]:
+    """The conversion that config.json describes, every value's type checked; None without one."""
     try:
+        if "recipe" not in description and "quantized" in description:
+            return None, []
         recipe, kept = description["recipe"], description["keep_softmax"]
         expected = {field.name: type(getattr(Recipe(), field.name)) for field in fields(Recipe)}
         if {name: type(value) for name, value in recipe.items()} != expected or any(
