@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PositionedState", "ProjectedHeads", "activation"]
+__all__ = ["PositionedState", "ProjectedHeads", "activation", "check_mode", "single_tensor"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -20,6 +20,19 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_MODES = ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+
+
+def check_mode(kind: str, mode: str) -> None:
+    """Refuse a `mode` that fla does not have.
+
+    Raises:
+        ValueError: With `kind` in front.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"{kind}: expected mode to be one of {', '.join(_MODES)}, got {mode!r}")
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The elementwise function of that name.
 
@@ -29,6 +42,13 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
     return _ACTIVATIONS[name]
+
+
+def single_tensor(state: Tensor | tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """The state of an op that was not asked to normalise, whose type says more than it is."""
+    if isinstance(state, tuple):
+        raise TypeError("linear_attention: expected a state of one tensor, got (S, z)")
+    return state
 
 
 class PositionedState(NamedTuple):

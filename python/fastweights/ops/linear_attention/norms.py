@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RMSNormGated", "SRMSNorm"]
+__all__ = ["RMSNorm", "RMSNormGated", "SRMSNorm"]
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` that computes in the input's dtype also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., D]` over D."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 class SRMSNorm(nn.Module):
@@ -26,14 +35,9 @@ class SRMSNorm(nn.Module):
         return y
 
 
-class RMSNormGated(nn.Module):
+class RMSNormGated(RMSNorm):
     """rmsnorm(x) · weight · silu(gate): the output of RetNet and GLA."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, elementwise_affine: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise `[..., D]` over D and gate it by `[..., D]`."""
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) * F.silu(gate)
+        return super().forward(x) * F.silu(gate)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
-from fastweights.ops.linear_attention.heads import PositionedState, ProjectedHeads
+from fastweights.ops.linear_attention.heads import PositionedState, ProjectedHeads, single_tensor
 from fastweights.ops.linear_attention.norms import SRMSNorm
 from fastweights.ops.linear_attention.positions import (
     LRPE,
@@ -111,7 +111,7 @@ class NormAttention(_TransNormerAttention):
         memory, start = (None, None) if initial_state is None else initial_state
         batch, length = x.shape[:2]
         q, k, v = self._inputs(x, token_positions(batch, length, cu_seqlens, start))
-        o, memory = linear_attention(
+        o, final = linear_attention(
             q,
             k,
             v,
@@ -120,6 +120,7 @@ class NormAttention(_TransNormerAttention):
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
         )
+        memory = single_tensor(final)
         if memory is None:
             return self._output(o), None
         position = final_positions(batch, length, cu_seqlens, start).to(x.device)
