@@ -1,6 +1,7 @@
 """Efficient transformers in PyTorch on the CPU."""
 
 from fastweights import _load as _load
+from fastweights._config import show_config
 from fastweights.ops.attention.functional import (
     hybrid_attention,
     hybrid_attention_step,
@@ -23,5 +24,6 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantized_linear",
+    "show_config",
     "window_attention",
 ]
