@@ -1,5 +1,5 @@
 # One object library per CPU level from the same kernel sources. Everything in them is static or in the level's
-# namespace: tests/test_binary.py looks for anything else, since the linker could ship it to an older machine.
+# namespace: tests/core/test_binary.py looks for anything else, since the linker could ship it to an older machine.
 set(FASTWEIGHTS_FLAGS_baseline "")
 set(FASTWEIGHTS_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(FASTWEIGHTS_FLAGS_avx512 ${FASTWEIGHTS_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
@@ -10,6 +10,8 @@ if(FASTWEIGHTS_WIDE)
   list(APPEND FASTWEIGHTS_FLAGS_avx2 -DFW_WIDE)
 endif()
 
+get_filename_component(FASTWEIGHTS_CSRC ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
+
 function(fastweights_add_levels target sources)
   set(levels baseline)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -17,7 +19,7 @@ function(fastweights_add_levels target sources)
   endif()
   foreach(level IN LISTS levels)
     add_library(kernels_${level} OBJECT ${sources})
-    target_include_directories(kernels_${level} PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
+    target_include_directories(kernels_${level} PRIVATE ${FASTWEIGHTS_CSRC})
     target_compile_definitions(kernels_${level} PRIVATE FW_LEVEL=${level})
     target_compile_options(kernels_${level} PRIVATE ${FASTWEIGHTS_FLAGS_${level}} -fno-exceptions -fno-rtti -Wno-psabi
                            # GCC 12 warns about its own AVX-512 header (gcc.gnu.org/PR105593)

@@ -9,6 +9,7 @@ from fastweights.conversion import (
     save,
     transfer_attention,
 )
+from fastweights._config import show_config
 from fastweights.ops.attention.functional import (
     hybrid_attention,
     hybrid_attention_step,
@@ -36,6 +37,7 @@ __all__ = [
     "quantized_linear",
     "recover",
     "save",
+    "show_config",
     "transfer_attention",
     "window_attention",
 ]

@@ -1,0 +1,43 @@
+"""Normalisations of the output of a recurrent mixer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["RMSNorm", "RMSNormGated", "SRMSNorm"]
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` that computes in the input's dtype also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., D]` over D."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+
+
+class SRMSNorm(nn.Module):
+    """x / (‖x‖₂ / √D + eps) over the last dimension, with no learned scale (arXiv:2210.10340).
+
+    `SRMSNorm(a·x) = SRMSNorm(x)` for a > 0 as far as eps is small beside the root mean square, and
+    eps is what bounds the gradient at x = 0 by 1/eps.
+    """
+
+    def __init__(self, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., D]`, in float32 at least, and return it in x's dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        y: Tensor = (wide / (rms + self.eps)).to(x.dtype)
+        return y
+
+
+class RMSNormGated(RMSNorm):
+    """rmsnorm(x) · weight · silu(gate): the output of RetNet and GLA."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise `[..., D]` over D and gate it by `[..., D]`."""
+        return super().forward(x) * F.silu(gate)
