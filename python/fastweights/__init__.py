@@ -1,6 +1,7 @@
 """Efficient transformers in PyTorch on the CPU."""
 
 from fastweights import _load as _load
+from fastweights._config import show_config
 from fastweights.conversion import (
     linearize,
     load,
@@ -9,7 +10,6 @@ from fastweights.conversion import (
     save,
     transfer_attention,
 )
-from fastweights._config import show_config
 from fastweights.ops.attention.functional import (
     hybrid_attention,
     hybrid_attention_step,

@@ -30,9 +30,7 @@ def test_chunks_and_steps_equal_one_call(kind, recipe, kept):
     expected = model(tokens).logits
     cache, parts, start = StateCache(model), [], 0
     for length in (11, 1, 1, 13, 1, 1, 5):
-        parts.append(
-            model(tokens[:, start : start + length], cache=cache, use_cache=True).logits
-        )
+        parts.append(model(tokens[:, start : start + length], cache=cache, use_cache=True).logits)
         start += length
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-3, atol=1e-3)
     assert cache.get_seq_length() == 33
@@ -44,9 +42,7 @@ def test_generate_needs_no_cache_of_ours(kind, recipe, kept):
     kwargs = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
     with_cache = model.generate(tokens, **kwargs)
     assert torch.equal(with_cache, model.generate(tokens, use_cache=False, **kwargs))
-    assert torch.equal(
-        with_cache, model.generate(tokens, cache=StateCache(model), **kwargs)
-    )
+    assert torch.equal(with_cache, model.generate(tokens, cache=StateCache(model), **kwargs))
 
 
 def test_beam_search_reorders_the_states():
@@ -117,5 +113,5 @@ def test_a_state_is_not_a_key_value_cache():
 def test_packed_positions_are_refused():
     model = converted()
     positions = torch.cat((torch.arange(6), torch.arange(5)))[None]
-    with pytest.raises(ValueError, match="packed sequences by position_ids"):
-        model(random_tokens(1, 11), position_ids=positions)
+    with pytest.raises(ValueError, match="position_ids that restart within a row"):
+        model(random_tokens(1, 11), position_ids=positions, use_cache=False)

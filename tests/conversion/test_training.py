@@ -28,13 +28,13 @@ def snapshot(model):
 def test_transfer_lowers_the_error_tenfold_and_touches_nothing_else(recipe):
     window = None if recipe == "hedgehog" else 4
     model = shake(
-        fw.linearize(tiny(initializer_range=0.15), recipe, window=window, feature_dim=16), seed=5
+        fw.linearize(tiny(initializer_range=0.1), recipe, window=window, feature_dim=16), seed=5
     )
     own = {id(p) for layer in linearized_layers(model) for p in layer.own_parameters()}
     before = snapshot(model)
-    log = fw.transfer_attention(model, text(), steps=150, length=24, batch_size=4, lr=3e-2, **QUIET)
+    log = fw.transfer_attention(model, text(), steps=100, length=24, batch_size=4, lr=5e-2, **QUIET)
     assert sum(log.losses[-10:]) / 10 < log.losses[0] / 10
-    assert log.steps == 150 and log.tokens == 150 * 4 * 24
+    assert log.steps == 100 and log.tokens == 100 * 4 * 24
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in own)
         assert p.grad is None and p.requires_grad

@@ -168,11 +168,7 @@ class LinearizedAttention(nn.Module):
         p = self.project(hidden_states, position_embeddings)
         valid = None if attention_mask is None else attention_mask[:, -hidden_states.shape[1] :]
         if self.original:
-            if cache is not None:
-                raise ValueError(
-                    "LinearizedAttention: the original attention is for training, expected no cache"
-                )
-            heads = self._softmax(p, valid)
+            heads = self._softmax(p, attention_mask, cache)
             if self.on_transfer is not None:
                 with torch.enable_grad():
                     self.on_transfer(
@@ -187,21 +183,17 @@ class LinearizedAttention(nn.Module):
             heads = self._student(p, valid, layer)
         return self.o_proj(heads.flatten(2).to(hidden_states.dtype)), None
 
-    def _softmax(self, p: Projections, valid: Tensor | None) -> Tensor:
+    def _softmax(self, p: Projections, valid: Tensor | None, cache: Any) -> Tensor:
         from fastweights.integrations.transformers import softmax_mask
 
-        length = p.q.shape[1]
-        mask = softmax_mask(length, length, valid, self.sliding_window, p.q.device)
-        q, k, v = (x.transpose(1, 2) for x in p[:3])
+        q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        mask = softmax_mask(q.shape[2], k.shape[2], valid, self.sliding_window, q.device)
         o = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scaling,
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
-        )
+        )  # fmt: skip
         return o.transpose(1, 2)
 
     def _student(self, p: Projections, valid: Tensor | None, layer: StateLayer | None) -> Tensor:

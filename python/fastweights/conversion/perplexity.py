@@ -95,15 +95,9 @@ def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
     cache, losses = cache_argument(body, DynamicCache(config=model.config)), []
     for start in range(0, row.shape[1] - 1, chunk):
         inputs = row[:, start : min(start + chunk, row.shape[1] - 1)]
-        hidden = decoder(model)(
-            input_ids=inputs, past_key_values=cache, use_cache=True
-        ).last_hidden_state[0]
+        hidden = body(input_ids=inputs, use_cache=True, **cache).last_hidden_state[0]
         targets = row[0, start + 1 : start + 1 + len(hidden)]
-        losses.append(
-            F.cross_entropy(
-                head(hidden).float(), targets, reduction="none"
-            ).double()
-        )
+        losses.append(F.cross_entropy(head(hidden).float(), targets, reduction="none").double())
     return torch.cat(losses).cpu()
 
 

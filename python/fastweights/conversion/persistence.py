@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastweights.adapters.lora import LoRALinear
-from fastweights.conversion.linearize import linearize
+from fastweights.conversion.linearize import convert
 from fastweights.conversion.recipes import Recipe
 
 _MANIFEST = "fastweights.json"
@@ -114,8 +114,12 @@ def _load_converted(source: Path, description: Any, dtype: torch.dtype) -> Any:
     config = AutoConfig.from_pretrained(source)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in model.modules():
+        if module._non_persistent_buffers_set:  # such as rotary frequencies, which no file holds
+            model._init_weights(module)
+    model.tie_weights()
     if recipe is not None:
-        linearize(model, recipe, keep_softmax=kept)
+        convert(model, recipe, set(kept))
     tied = set(model.all_tied_weights_keys)
     if "quantized" in description:
         tied |= prepare_quantized(model, description["quantized"])

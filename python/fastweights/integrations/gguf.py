@@ -34,7 +34,9 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
             source.parent, gguf_file=source.name, dtype=dtype
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    except Exception as error:  # what a damaged file makes the readers raise has no common type
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # no common type; a panic of the tokenizer is no Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"load_gguf: {source} is damaged or not supported: {reason}") from error
     bad = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)

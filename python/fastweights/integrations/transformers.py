@@ -168,24 +168,22 @@ def _padding_mask(
 ) -> Tensor | None:
     """The 2-D mask as it came, or None without padding: linear attention has no use for a T × T
     one."""
-    if mask_function is not None and getattr(mask_function, "__name__", "") == "and_mask":
-        names = [
-            getattr(f, "__name__", "")
-            for cell in mask_function.__closure__ or ()
-            for f in cell.cell_contents
-        ]
-        if (
-            "inner_mask" in names
-            and not any("sliding" in name for name in names)
-            and attention_mask is None
-        ):
-            raise ValueError(
-                "linearize: packed sequences by position_ids are not supported, expected one per row"
-            )
+    if _is_packed(mask_function):
+        raise ValueError(
+            "linearize: expected one sequence per row, got position_ids that restart within a row"
+        )
     if attention_mask is None or bool(attention_mask[:, -kv_length:].all()):
         return None
     mask: Tensor = attention_mask[:, -kv_length:].bool()
     return mask
+
+
+def _is_packed(mask_function: Any) -> bool:
+    """Whether transformers composed its mask from one that separates packed sequences."""
+    if "packed_sequence_mask_function" in getattr(mask_function, "__qualname__", ""):
+        return True
+    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    return any(_is_packed(f) for part in parts if isinstance(part, tuple) for f in part)
 
 
 def _softmax_attention(
