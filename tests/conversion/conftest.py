@@ -11,9 +11,9 @@ from transformers import (
 
 VOCABULARY = 97
 SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    initializer_range=0.3,
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1,
+    eos_token_id=2, pad_token_id=0, initializer_range=0.3,
 )  # fmt: skip
 CONFIGS = {
     "llama": lambda **kw: LlamaConfig(**SIZES | kw),

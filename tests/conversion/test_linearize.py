@@ -109,7 +109,7 @@ def test_unsupported_architectures_give_one_line():
         torch.nn.Linear(3, 3),
     ]
     for model in models:
-        with pytest.raises(ValueError, match="^linearize: ") as error:
+        with pytest.raises(ValueError, match=r"^linearize: ") as error:
             fw.linearize(model)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="converted already"):

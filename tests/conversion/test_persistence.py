@@ -91,7 +91,7 @@ def test_every_changed_bit_is_noticed(folder):
             + whole[len(whole) // 2 + 1 :],
         ):
             file.write_bytes(damaged)
-            with pytest.raises(ValueError, match="^load: ") as error:
+            with pytest.raises(ValueError, match=r"^load: ") as error:
                 fw.load(path)
             assert "\n" not in str(error.value)
         file.write_bytes(whole)
@@ -148,7 +148,7 @@ def test_no_pickle_is_read(tmp_path):
     model = tiny()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="^load: "):
+    with pytest.raises(ValueError, match=r"^load: "):
         fw.load(tmp_path)
 
 
@@ -180,7 +180,7 @@ class TestGGUF:
             whole[:8] + b"\xff" * 8 + whole[16:],
         ):
             path.write_bytes(damaged)
-            with pytest.raises(ValueError, match="^load_gguf: ") as error:
+            with pytest.raises(ValueError, match=r"^load_gguf: ") as error:
                 fw.load(path)
             assert "\n" not in str(error.value)
 
@@ -214,9 +214,9 @@ def write_gguf(path):
     writer.add_eos_token_id(1)
     rng, weights = np.random.default_rng(0), {}
     shapes = {
-        "token_embd": (60, 32), "output": (60, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32),
-        "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_gate": (64, 32),
-        "blk.0.ffn_down": (32, 64),
+        "token_embd": (60, 32), "output": (60, 32), "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_up": (64, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_down": (32, 64),
     }  # fmt: skip
     for name, shape in shapes.items():
         w = rng.standard_normal(shape).astype(np.float32)

@@ -109,8 +109,8 @@ def test_gradient_accumulation_is_a_larger_batch():
 
         p = {"mix": linearized_layers(model)[0].mix}
         log = train(
-            loss_and_backward, p, text(18), lr=1e-2, steps=1, minutes=None, length=17, batch_size=batch_size,
-            accumulation=accumulation, **QUIET,
+            loss_and_backward, p, text(18), lr=1e-2, steps=1, minutes=None, length=17,
+            batch_size=batch_size, accumulation=accumulation, **QUIET,
         )  # fmt: skip
         results.append((p["mix"].detach(), log.tokens))
     torch.testing.assert_close(results[0][0], results[1][0])
@@ -155,9 +155,12 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(stage, tmp_path
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     model, file = fw.linearize(tiny(), window=4, feature_dim=6), tmp_path / "c.safetensors"
-    run = lambda **kw: fw.transfer_attention(
-        model, text(), length=16, checkpoint=file, **QUIET | dict(steps=2) | kw
-    )
+
+    def run(**kw):
+        return fw.transfer_attention(
+            model, text(), length=16, checkpoint=file, **QUIET | dict(steps=2) | kw
+        )
+
     run()
     with pytest.raises(ValueError, match=r"expected a checkpoint with seed=1, .* has seed=0"):
         run(seed=1)

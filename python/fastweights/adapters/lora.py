@@ -64,8 +64,7 @@ class LoRALinear(nn.Module):
 def add_lora(
     model: nn.Module, targets: tuple[str, ...], *, rank: int = 8, alpha: float = 16.0
 ) -> list[LoRALinear]:
-    """Puts a `LoRALinear` over every `nn.Linear` of `model` whose last name is in `targets`, in
-    place.
+    """Puts a `LoRALinear` over every `nn.Linear` whose last name is in `targets`, in place.
 
     Args:
         model: any module.

@@ -44,9 +44,30 @@ class Projections(NamedTuple):
     k_plain: Tensor
 
 
+class MixerInputs(NamedTuple):
+    """What mixes the tokens: q, k, v as in `Projections`, their features and the sink's score.
+
+    Attributes:
+        qf: `[B, T, HQ, F]`.
+        kf: `[B, T, HS, F]`.
+        sink: `[B, T, HQ]` or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    qf: Tensor
+    kf: Tensor
+    sink: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MixerInputs:
+        """`function` of every tensor."""
+        q, k, v, qf, kf = (function(x) for x in self[:5])
+        return MixerInputs(q, k, v, qf, kf, None if self.sink is None else function(self.sink))
+
+
 class LinearizedAttention(nn.Module):
-    """Window softmax and linear attention in one normaliser, on the projections of a softmax
-    attention.
+    """Window softmax and linear attention in one normaliser, in place of a softmax attention.
 
     Takes over the projections (and q/k norms) of `attention` under their own names, so that
     state-dict keys of pretrained weights stay as they are, and adds a few parameters of its own.
@@ -198,63 +219,55 @@ class LinearizedAttention(nn.Module):
 
     def _student(self, p: Projections, valid: Tensor | None, layer: StateLayer | None) -> Tensor:
         batch, length = p.q.shape[:2]
-        sink = self.sink(p.q_plain)
-        q, k = (p.q, p.k) if self.recipe.rotated else (p.q_plain, p.k_plain)
-        qf = self.feature_q(q).to(p.v.dtype)
-        kf = self.feature_k(k.repeat_interleave(self.feature_k.heads // k.shape[2], 2)).to(
-            p.v.dtype
-        )
+        inputs = self.mixer_inputs(p)
         if valid is None or bool(valid.all()):
-            o, state = self._attend(p.q, p.k, p.v, qf, kf, sink, layer, None)
+            o, state = self._attend(inputs, layer, None)
         else:
             tokens = valid.flatten().nonzero().squeeze(1)
             cu_seqlens = F.pad(valid.sum(1).cumsum(0), (1, 0))
-            packed = (
-                None if x is None else x.flatten(0, 1)[tokens][None]
-                for x in (p.q, p.k, p.v, qf, kf, sink)
-            )
-            o_packed, state = self._attend(*packed, layer, cu_seqlens)
-            o = o_packed.new_zeros(batch * length, *o_packed.shape[2:]).index_copy(
-                0, tokens, o_packed[0]
-            )
-            o = o.view(batch, length, *o.shape[1:])
+            packed = inputs.map(lambda x: x.flatten(0, 1)[tokens][None])
+            dense, state = self._attend(packed, layer, cu_seqlens)
+            o = dense.new_zeros(batch * length, *dense.shape[2:]).index_copy(0, tokens, dense[0])
+            o = o.unflatten(0, (batch, length))
         if layer is not None:
             layer.advance(state, length)
         return o
 
+    def mixer_inputs(self, p: Projections) -> MixerInputs:
+        """What the op takes of every token."""
+        q, k = (p.q, p.k) if self.recipe.rotated else (p.q_plain, p.k_plain)
+        k = k.repeat_interleave(self.feature_k.heads // k.shape[2], 2)
+        qf, kf = self.feature_q(q).to(p.v.dtype), self.feature_k(k).to(p.v.dtype)
+        return MixerInputs(p.q, p.k, p.v, qf, kf, self.sink(p.q_plain))
+
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        qf: Tensor,
-        kf: Tensor,
-        sink: Tensor | None,
-        layer: StateLayer | None,
-        cu_seqlens: Tensor | None,
+        self, x: MixerInputs, layer: StateLayer | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Any]:
         state = None if layer is None else layer.state
         keep = layer is not None
         if self.mix is None:
-            # Value heads of the linear family are the query heads here: every query head has its
-            # own features.
-            v = v.repeat_interleave(self.num_heads // self.num_key_value_heads, 2)
+            # Value heads of the linear family are the query heads here: each has its own features.
+            v = x.v.repeat_interleave(self.num_heads // self.num_key_value_heads, 2)
             return linear_attention(
-                qf, kf, v, scale=1.0, normalize=True, initial_state=state, output_final_state=keep,
-                cu_seqlens=cu_seqlens,
+                x.qf, x.kf, v, scale=1.0, normalize=True, initial_state=state,
+                output_final_state=keep, cu_seqlens=cu_seqlens,
             )  # fmt: skip
-        mix, g, window = self.mix.sigmoid(), self.decay(), self.recipe.window
-        one_token = isinstance(state, HybridState) and q.shape[1] == 1 and cu_seqlens is None
-        if one_token and not torch.is_grad_enabled():
+        mix, g, recipe = self.mix.sigmoid(), self.decay(), self.recipe
+        if (
+            isinstance(state, HybridState)
+            and x.q.shape[1] == 1
+            and cu_seqlens is None
+            and not torch.is_grad_enabled()
+        ):
+            token = x.map(lambda y: y[:, 0])
             o = hybrid_attention_step(
-                *(x[:, 0] for x in (q, k, v, qf, kf)), mix, g, state=state, window=window,
-                scale=self.scaling, **({} if sink is None else {"sink": sink[:, 0]}),
+                token.q, token.k, token.v, token.qf, token.kf, mix, g, state=state,
+                window=recipe.window, scale=self.scaling, sink=token.sink,
             )  # fmt: skip
             return o[:, None], state
         return hybrid_attention(
-            q, k, v, qf, kf, mix, g, window=window, layout=self.recipe.layout,
-            scale=self.scaling, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens,
-            **({} if sink is None else {"sink": sink}),
+            *x[:5], mix, g, window=recipe.window, layout=recipe.layout, scale=self.scaling,
+            sink=x.sink, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

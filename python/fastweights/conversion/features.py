@@ -41,8 +41,7 @@ class HedgehogFeatures(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity (its first columns if F/2 < K): attention starts out monotone in |q_c
-        k_c|."""
+        """The identity, or its first columns if F/2 < K: attention starts out monotone."""
         with torch.no_grad():
             self.weight.copy_(torch.eye(self.head_dim, self.features).expand_as(self.weight))
 

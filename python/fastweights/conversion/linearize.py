@@ -57,14 +57,18 @@ def linearize(
     Papers: LoLCATs (2024), eq. 5-8; Hedgehog (2024), eq. 6.
     """
     base = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    changes = {"window": window, "feature_dim": feature_dim}
-    base = replace(base, **{name: value for name, value in changes.items() if value is not None})
+    base = replace(
+        base,
+        window=base.window if window is None else window,
+        feature_dim=base.feature_dim if feature_dim is None else feature_dim,
+    )
     kept = set(keep_softmax)
     sites = _attention_sites(model)
     indices = {attention.layer_idx for _, _, attention in sites}
     if not kept <= indices:
         raise ValueError(
-            f"linearize: expected keep_softmax within layers 0 to {max(indices)}, got {sorted(kept - indices)}"
+            f"linearize: expected keep_softmax within layers 0 to {max(indices)}, "
+            f"got {sorted(kept - indices)}"
         )
     if kept >= indices:
         raise ValueError(
@@ -99,7 +103,8 @@ def _attention_sites(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     kind = type(model).__name__
     if not sites or not hasattr(model, "config"):
         raise ValueError(
-            f"linearize: expected a model with Llama-type attention (q_proj, k_proj, v_proj, o_proj), got {kind}"
+            "linearize: expected a model with Llama-type attention (q_proj, k_proj, v_proj, "
+            f"o_proj), got {kind}"
         )
     for _, _, child in sites:
         unknown = [n for n, _ in child.named_children() if n not in (*_PROJECTIONS, *_NORMS)]
@@ -110,7 +115,8 @@ def _attention_sites(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         if unknown or missing:
             what = f"extra {', '.join(unknown)}" if unknown else f"no {', '.join(missing)}"
             raise ValueError(
-                f"linearize: expected Llama-type attention, got {type(child).__name__} of {kind} with {what}"
+                f"linearize: expected Llama-type attention, got {type(child).__name__} of {kind} "
+                f"with {what}"
             )
     return sites
 
@@ -136,6 +142,7 @@ def _check_same_attention(model: Any, attention: Any) -> None:
         ours.sliding_window = 7  # so that the mask is one that both are given
         got = ours(x, embeddings)[0]
         visible = softmax_mask(8, 8, None, ours.sliding_window, x.device)
+        assert visible is not None
         mask = torch.where(visible, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
         expected = attention(x, position_embeddings=embeddings, attention_mask=mask)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, StopIteration) as error:
@@ -145,5 +152,6 @@ def _check_same_attention(model: Any, attention: Any) -> None:
     difference = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-20)
     if not difference <= _TOLERANCE.get(x.dtype, 1e-3):
         raise ValueError(
-            f"linearize: expected Llama-type attention, got {kind}, whose output differs from it by {difference:.1e}"
+            f"linearize: expected Llama-type attention, got {kind}, whose output differs from it "
+            f"by {difference:.1e}"
         )

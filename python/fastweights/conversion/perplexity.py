@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -84,8 +85,7 @@ def perplexity(
 
 
 def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
-    """Negative log-likelihoods `[N − 1]`, float64, of the tokens after the first of `row` `[1,
-    N]`."""
+    """`[N − 1]` float64: −log p of the tokens after the first of `row` `[1, N]`."""
     from transformers import DynamicCache
 
     from fastweights.integrations.transformers import cache_argument
@@ -104,7 +104,8 @@ def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
 def _sequences(tokens: Tensor, length: int | None) -> Tensor:
     if tokens.dim() not in (1, 2) or tokens.dtype != torch.int64:
         raise ValueError(
-            f"perplexity: expected int64 tokens of shape [N] or [B, N], got {tokens.dtype} {list(tokens.shape)}"
+            "perplexity: expected int64 tokens of shape [N] or [B, N], "
+            f"got {tokens.dtype} {list(tokens.shape)}"
         )
     rows = tokens if tokens.dim() == 2 else tokens[None]
     length = rows.shape[1] if length is None else length
@@ -120,6 +121,6 @@ def _edges(by_position: Sequence[int] | None) -> list[int] | None:
     if by_position is None:
         return None
     edges = list(by_position)
-    if not edges or edges[0] < 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+    if not edges or edges[0] < 1 or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"perplexity: expected ascending positive by_position, got {edges}")
     return edges

@@ -39,7 +39,7 @@ def save(model: Any, tokenizer: Any, path: str | Path) -> None:
 
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError(
-            "save: expected merged adapters (fastweights.adapters.merge_lora), got LoRALinear layers"
+            "save: expected merged adapters (fastweights.adapters.merge_lora), got LoRALinear"
         )
     folder = Path(path)
     if quantized := describe_quantized(model):
@@ -61,8 +61,7 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Opens a model: a folder written by `save` or `save_pretrained`, any Hugging Face folder, or a
-    GGUF file.
+    """Opens a model folder of `save`, `save_pretrained` or Hugging Face, or a GGUF file.
 
     Nothing in it is executed: no remote code, no pickle. Sums written by `save` are verified.
 
@@ -131,7 +130,8 @@ def _load_converted(source: Path, description: Any, dtype: torch.dtype) -> Any:
             raise ValueError(f"load: {source} has an unknown tensor {name}")
         if own[name].shape != tensor.shape:
             raise ValueError(
-                f"load: expected {name} of shape {list(own[name].shape)} in {source}, got {list(tensor.shape)}"
+                f"load: expected {name} of shape {list(own[name].shape)} in {source}, "
+                f"got {list(tensor.shape)}"
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"load: {name} in {source} has values that are not finite")

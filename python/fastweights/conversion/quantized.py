@@ -59,7 +59,7 @@ def _replace(
 ) -> None:
     shared: QuantizedTensor | None = None
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         if type(module) not in (nn.Linear, nn.Embedding):
             raise ValueError(f"{name} is no linear layer or embedding of this model")
         shape = (int(module.weight.shape[0]), int(module.weight.shape[1]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastweights.ops.attention.state import Layout
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,7 +26,7 @@ class Recipe:
 
     name: str = "stable"
     window: int = 64
-    layout: str = "sliding"
+    layout: Layout = "sliding"
     feature_dim: int = 64
     rotated: bool = False
     shared: bool = True

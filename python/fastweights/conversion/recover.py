@@ -38,8 +38,7 @@ def recover(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> TrainingLog:
-    """Trains LoRA on q, k, v and o, and the parameters that `linearize` added, on next-token
-    prediction.
+    """Trains LoRA on q, k, v and o, and the parameters that `linearize` added, on text.
 
     Also works on a model that was not converted, as a control of what the text alone teaches.
 
@@ -97,9 +96,9 @@ def recover(
 
     with frozen(model):
         log = train(
-            loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes, length=length,
-            batch_size=batch_size, accumulation=accumulation, clip=1.0, seed=seed, checkpoint=checkpoint,
-            name="recover", progress=progress,
+            loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes,
+            length=length, batch_size=batch_size, accumulation=accumulation, clip=1.0, seed=seed,
+            checkpoint=checkpoint, name="recover", progress=progress,
         )  # fmt: skip
     if merge:
         merge_lora(model)
@@ -109,8 +108,7 @@ def recover(
 def _output_loss(
     model: Any, hidden: Tensor, targets: Tensor, teacher: Tensor | None, distill: float
 ) -> tuple[float, Tensor]:
-    """Mean loss over positions and its gradient with respect to `hidden` `[N, D]`, a chunk of
-    logits at a time."""
+    """Mean loss and its gradient for `hidden` `[N, D]`, a chunk of logits at a time."""
     head = model.get_output_embeddings()
     gradient, total = torch.empty_like(hidden), 0.0
     for start in range(0, len(hidden), _CHUNK):

@@ -33,15 +33,12 @@ def transfer_attention(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> TrainingLog:
-    """Attention transfer (LoLCATs, 2024, eq. 9): 1000 · mean over layers of MSE(ours, softmax) of
-    the heads' outputs.
+    """Attention transfer (LoLCATs, 2024, eq. 9): the new attentions imitate the softmax ones.
 
-    Every converted layer returns its softmax output, so that deeper layers see what the original
-    model sees, and the
-    layers learn independently: one forward pass without gradients, a small backward inside each
-        attention, no output
-    layer. Only the parameters that `linearize` added are trained: feature matrices, mix, decays and
-    sinks.
+    Minimises 1000 · mean over layers of MSE(ours, softmax) of the heads' outputs. Every converted
+    layer returns its softmax output, so that deeper layers see what the original model sees, and
+    the layers learn independently: one forward pass without gradients, a small backward inside
+    each attention, no output layer. Only the parameters that `linearize` added are trained.
 
     Args:
         model: converted by `linearize`.
@@ -86,9 +83,9 @@ def transfer_attention(
             layer.on_transfer = learn
         try:
             return train(
-                loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes, length=length,
-                batch_size=batch_size, accumulation=accumulation, seed=seed, checkpoint=checkpoint, name="transfer",
-                progress=progress,
+                loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes,
+                length=length, batch_size=batch_size, accumulation=accumulation, seed=seed,
+                checkpoint=checkpoint, name="transfer", progress=progress,
             )  # fmt: skip
         finally:
             for layer in layers:
@@ -111,8 +108,7 @@ def original_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the context no parameter requires gradients and dropout is off; both come back
-    afterwards."""
+    """Within the context no parameter requires gradients and dropout is off."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     model.eval().requires_grad_(False)

@@ -61,7 +61,7 @@ def _check(source: Path) -> None:
         raise ValueError(f"load_gguf: {source} cannot be read: {error.strerror}") from error
     if magic != _MAGIC:
         raise ValueError(
-            f"load_gguf: expected a file that starts with {_MAGIC!r}, {source} starts with {magic!r}"
+            f"load_gguf: expected {source} to start with {_MAGIC!r}, it starts with {magic!r}"
         )
     size = source.stat().st_size
     try:
@@ -73,5 +73,5 @@ def _check(source: Path) -> None:
     for tensor in tensors:
         if int(tensor.data_offset) + int(tensor.n_bytes) > size:
             raise ValueError(
-                f"load_gguf: {source} is truncated: {tensor.name} ends after the file's {size} bytes"
+                f"load_gguf: {source} is truncated: {tensor.name} ends beyond its {size} bytes"
             )

@@ -1,5 +1,4 @@
-"""What makes a converted model a Hugging Face citizen: its cache layers, its padding mask and its
-files."""
+"""What makes a converted model a Hugging Face citizen: cache, padding mask, attention name."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 ATTENTION = "fastweights"
 
 
-class StateLayer(CacheLayerMixin):  # type: ignore[misc]
+class StateLayer(CacheLayerMixin):
     """One layer's part of a cache: a state whose size does not depend on the tokens seen.
 
     Attributes:
@@ -90,9 +89,8 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]
             self.state = pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
 
 
-class StateCache(Cache):  # type: ignore[misc]
-    """The cache of a converted model: `StateLayer`s, and a growing layer where a layer stayed
-    softmax.
+class StateCache(Cache):
+    """The cache of a converted model: states, and keys and values where a layer stayed softmax.
 
     `model.generate` and `model(..., use_cache=True)` need none: they make a DynamicCache whose
     layers the converted attentions exchange. This one is for programs that hold on to the state.
@@ -101,7 +99,7 @@ class StateCache(Cache):  # type: ignore[misc]
         model: a converted model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         from fastweights.conversion.attention import linearized_layers
 
         converted = {layer.layer_idx for layer in linearized_layers(model)}
@@ -112,15 +110,15 @@ class StateCache(Cache):  # type: ignore[misc]
 
 
 def state_layer(cache: Cache, layer_idx: int) -> StateLayer:
-    """The layer `layer_idx` of `cache`, which becomes a `StateLayer` if it is another kind and
-    still empty."""
+    """Layer `layer_idx` of `cache`; an empty one of another kind becomes a `StateLayer`."""
     while len(cache.layers) <= layer_idx:
         cache.layers.append(StateLayer())
     layer = cache.layers[layer_idx]
     if not isinstance(layer, StateLayer):
         if layer.get_seq_length():
             raise ValueError(
-                f"LinearizedAttention: layer {layer_idx} of the cache holds keys of a softmax attention"
+                f"LinearizedAttention: layer {layer_idx} of the cache holds keys of a softmax "
+                "attention"
             )
         layer = cache.layers[layer_idx] = StateLayer()
     return layer
@@ -135,8 +133,7 @@ def cache_argument(model: Any, cache: Cache) -> dict[str, Cache]:
 def softmax_mask(
     queries: int, keys: int, valid: Tensor | None, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """`[B or 1, 1, queries, keys]`: which keys a query sees; None where that is plain causal
-    attention.
+    """`[B or 1, 1, queries, keys]`: which keys a query sees; None means plain causal attention.
 
     Args:
         queries: number of queries, the latest of the keys' positions.
@@ -166,8 +163,7 @@ def _padding_mask(
     attention_mask: Any = None,
     **_: Any,
 ) -> Tensor | None:
-    """The 2-D mask as it came, or None without padding: linear attention has no use for a T × T
-    one."""
+    """The 2-D mask as it came, None without padding: a state has no use for a T × T one."""
     if _is_packed(mask_function):
         raise ValueError(
             "linearize: expected one sequence per row, got position_ids that restart within a row"
@@ -194,8 +190,7 @@ def _softmax_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention of the layers that were kept, under the 2-D mask of `_padding_mask`; heads
-    come first."""
+    """Softmax attention of the layers that were kept, under the mask of `_padding_mask`."""
     queries, keys = query.shape[2], key.shape[2]
     mask = softmax_mask(queries, keys, attention_mask, kwargs.get("sliding_window"), query.device)
     o = F.scaled_dot_product_attention(

@@ -1,5 +1,4 @@
-"""The training loop of the conversion, usable with any loss: resumable, interruptible,
-deterministic."""
+"""The training loop of the conversion: any loss, resumable, interruptible, deterministic."""
 
 from fastweights.training.loop import TrainingLog, train
 

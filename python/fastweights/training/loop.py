@@ -1,5 +1,4 @@
-"""One loop: sample token windows, accumulate gradients, step, show progress, survive an
-interruption."""
+"""One loop: sample, accumulate, step, show progress, survive an interruption."""
 
 from __future__ import annotations
 
@@ -93,14 +92,22 @@ def train(
         parameter.requires_grad_(True)
     rates = lr if isinstance(lr, dict) else dict.fromkeys(parameters, lr)
     optimizer = torch.optim.AdamW(
-        [{"params": [parameter], "lr": rates[key], "peak": rates[key]} for key, parameter in parameters.items()],
-        betas=(0.9, 0.95), weight_decay=0.0,
-    )  # fmt: skip
+        [
+            {"params": [parameter], "lr": rates[key], "peak": rates[key]}
+            for key, parameter in parameters.items()
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
     log = TrainingLog(steps=steps or 0)
     settings = {
-        "name": name, "seed": seed, "lengths": lengths, "batch_size": batch_size, "accumulation": accumulation,
+        "name": name,
+        "seed": seed,
+        "lengths": lengths,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
         "parameters": len(parameters),
-    }  # fmt: skip
+    }
     if checkpoint is not None and Path(checkpoint).exists():
         log.losses, log.steps = restore(Path(checkpoint), parameters, optimizer, settings, steps)
 
@@ -155,9 +162,14 @@ def train(
 
 
 def _check(
-    tokens: Tensor, lengths: list[int], steps: int | None, minutes: float | None, batch_size: int, accumulation: int,
+    tokens: Tensor,
+    lengths: list[int],
+    steps: int | None,
+    minutes: float | None,
+    batch_size: int,
+    accumulation: int,
     name: str,
-) -> None:  # fmt: skip
+) -> None:
     if (steps is None) == (minutes is None):
         raise ValueError(
             f"{name}: expected either steps or minutes, got steps={steps}, minutes={minutes}"
@@ -178,7 +190,8 @@ def _check(
         )
     if len(tokens) <= max(lengths):
         raise ValueError(
-            f"{name}: expected more than {max(lengths)} tokens (one window and a target), got {len(tokens)}"
+            f"{name}: expected more than {max(lengths)} tokens (one window and a target), "
+            f"got {len(tokens)}"
         )
 
 
