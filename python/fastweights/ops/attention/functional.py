@@ -66,6 +66,7 @@ def hybrid_attention(
     window: int,
     layout: Layout = "sliding",
     scale: float | None = None,
+    sink: Tensor | None = None,
     initial_state: HybridState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -123,7 +124,7 @@ def hybrid_attention(
         (torch.Size([1, 300, 4, 64]), torch.Size([1, 4, 32, 64]))
     """
     return reference.hybrid_attention(
-        q, k, v, qf, kf, mix, g, window=window, layout=layout, scale=scale,
+        q, k, v, qf, kf, mix, g, window=window, layout=layout, scale=scale, sink=sink,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
@@ -140,6 +141,7 @@ def hybrid_attention_step(
     state: HybridState,
     window: int,
     scale: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """`hybrid_attention` for one token; `state` is updated in place.
 
@@ -166,5 +168,5 @@ def hybrid_attention_step(
         RuntimeError: shapes or dtypes that do not fit, or an input that requires a gradient.
     """
     return reference.hybrid_attention_step(
-        q, k, v, qf, kf, mix, g, state=state, window=window, scale=scale
+        q, k, v, qf, kf, mix, g, state=state, window=window, scale=scale, sink=sink
     )

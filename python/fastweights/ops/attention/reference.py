@@ -56,6 +56,7 @@ def hybrid_attention(
     window: int,
     layout: Layout = "sliding",
     scale: float | None = None,
+    sink: Tensor | None = None,
     initial_state: HybridState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -67,7 +68,8 @@ def hybrid_attention(
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if g is not None and g.dim() == 1:
         g = g.expand(batch, length, -1)
-    state_heads = max(kf.shape[2], 0 if g is None else g.shape[2])
+    constant = g is not None and g.dim() == 2  # [HS, F]
+    state_heads = max(kf.shape[2], 0 if g is None else g.shape[0 if constant else 2])
     if initial_state is None:
         S0 = q.new_zeros(rows, state_heads, qf.shape[-1], v.shape[-1], dtype=dtype)
         z0 = q.new_zeros(rows, state_heads, qf.shape[-1], dtype=dtype)
@@ -91,8 +93,8 @@ def hybrid_attention(
             keys.append(x)
         o_n, S_n, z_n = _hybrid_sequence(
             q[b, tokens].to(dtype), keys[0], keys[1], qf[b, tokens].to(dtype), keys[2],
-            mix.to(dtype), None if g is None else g[b, tokens].to(dtype),
-            S0[n], z0[n], start, len(past), window, layout, scale,
+            mix.to(dtype), g if g is None else (g[None] if constant else g[b, tokens]).to(dtype),
+            None if sink is None else sink[b, tokens].to(dtype), S0[n], z0[n], start, len(past), window, layout, scale,
         )  # fmt: skip
         outputs.append(o_n)
         S.append(S_n)
@@ -118,14 +120,15 @@ def hybrid_attention_step(
     state: HybridState,
     window: int,
     scale: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """`hybrid_attention` on a sequence of one token, the state updated in place."""
-    if g is not None and g.dim() == 2:
+    if g is not None and g.dim() == 2 and g.shape != state.z.shape[1:]:
         g = g[:, None]
     o, new = hybrid_attention(
         q[:, None], k[:, None], v[:, None], qf[:, None], kf[:, None], mix, g,
         window=window, layout="sliding" if state.k.shape[2] == window else "terraced", scale=scale,
-        initial_state=state, output_final_state=True,
+        sink=None if sink is None else sink[:, None], initial_state=state, output_final_state=True,
     )  # fmt: skip
     assert new is not None
     for old, now in zip(state.tensors(), new.tensors(), strict=True):
@@ -140,7 +143,8 @@ def _hybrid_sequence(
     qf: Tensor,
     kf: Tensor,
     mix: Tensor,
-    g: Tensor | None,  # [T, HS]
+    g: Tensor | None,  # [T, HS], or [1, HS, F] for every token
+    sink: Tensor | None,  # [T, HQ]
     S: Tensor,  # [HS, F, V]
     z: Tensor,
     start: int,
@@ -157,33 +161,37 @@ def _hybrid_sequence(
     in_linear = (start <= left) & (left <= i[:, None])  # keys that had left before `start` are in S
     in_state = (start <= left) & (left < start + length)
 
-    # decay[h, a, b] = exp(Σ_{b <= s < a} g_s): query i reads a = i - start + 1, key j enters at
-    # b = left_j - start + 1, the initial state at b = 0.
-    if g is None:
-        decay = q.new_ones(1, length + 1, length + 1)
-    else:
-        decay = _segment_sums(g).exp()
     entry = (left - start + 1).clamp(0, length)
-    pair_decay = decay[:, 1:, entry]  # [HS or 1, T, P + T]
-
+    if g is None or g.dim() == 2:
+        # decay[h, a, b] = exp(Σ_{b <= s < a} g_s): query i reads a = i - start + 1, key j enters at
+        # b = left_j - start + 1, the initial state at b = 0.
+        sums = q.new_zeros(1, length + 1, length + 1) if g is None else _segment_sums(g)
+        decay = _per_query_head(sums.exp(), S.shape[0], 0)[..., None]  # [HS, T + 1, T + 1, 1]
+    else:
+        steps = torch.arange(length + 1, device=q.device)
+        steps = (steps[:, None] - steps).clamp(min=0)
+        decay = (steps[..., None] * g[0][:, None, None]).exp()  # [HS, T + 1, T + 1, F]
     scores = scale * torch.einsum("ihk,jhk->hij", q, _per_query_head(k, heads))
     scores = scores.masked_fill(~in_window, -torch.inf)
+    if sink is not None:  # one more key of the window, whose value is zero
+        scores = torch.cat((scores, sink.T[..., None]), -1)
     m = scores.amax(-1, keepdim=True)
     softmax_part = mix[:, None, None] * (scores - m).exp()
-    similarity = torch.einsum("ihf,jhf->hij", qf, _per_query_head(kf, heads))
-    linear_part = torch.where(in_linear, similarity * _per_query_head(pair_decay, heads, 0), 0)
-    weights = softmax_part + linear_part
-    from_state = qf * _per_query_head(decay[:, 1:, 0].T, heads, 1)[:, :, None]  # [T, HQ, F]
+    sink_part = softmax_part[..., len(j) :].sum(-1)
+    pairs = _per_query_head(decay, heads, 0)[:, 1:, entry]  # [HQ, T, P + T, F or 1]
+    similarity = torch.einsum("ihf,jhf,hijf->hij", qf, _per_query_head(kf, heads), pairs.expand(-1, -1, -1, qf.shape[-1]))
+    weights = softmax_part[..., : len(j)] + torch.where(in_linear, similarity, 0)
+    from_state = qf * _per_query_head(decay[:, 1:, 0], heads, 0).transpose(0, 1)  # [T, HQ, F]
 
     num = torch.einsum("hij,jhv->ihv", weights, _per_query_head(v, heads))
     num = num + torch.einsum("ihf,hfv->ihv", from_state, _per_query_head(S, heads, 0))
-    den = weights.sum(-1).T + torch.einsum("ihf,hf->ih", from_state, _per_query_head(z, heads, 0))
+    den = (weights.sum(-1) + sink_part).T + torch.einsum("ihf,hf->ih", from_state, _per_query_head(z, heads, 0))
 
     kf, v = (_per_query_head(x, S.shape[0]) for x in (kf, v))
-    kept = torch.where(in_state, decay[:, length, entry], 0).T[..., None] * kf
+    kept = torch.where(in_state[:, None], decay[:, length, entry], 0).transpose(0, 1) * kf
     last = decay[:, length, 0]
-    S = last[:, None, None] * S + torch.einsum("jhf,jhv->hfv", kept, v)
-    z = last[:, None] * z + kept.sum(0)
+    S = last[..., None] * S + torch.einsum("jhf,jhv->hfv", kept, v)
+    z = last * z + kept.sum(0)
     return num / den[..., None], S, z
 
 
