@@ -113,7 +113,7 @@ wheel: build
 	$(PY) cmake/wheel.py
 
 docs: build
-	$(PY) -m pip install -q -e ".[docs]" --no-build-isolation
+	$(PY) -m pip install -q sphinx myst-parser furo
 	$(VENV)/bin/sphinx-build -q -W -b html docs docs/_build
 
 clean:
