@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from fastweights._load import _C
+
 ROOT = Path(__file__).parents[2]
 SHIMS = Path(__file__).with_name("torch_2_10_shims.txt")
 LIBRARY = Path(_C.__file__).with_name("libfastweights.so")
