@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 NATIVE := $(shell git ls-files --cached --others --exclude-standard csrc cmake CMakeLists.txt pyproject.toml 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help build test smoke demo report notebooks lint format asan wide cross bench wheel docs clean
+.PHONY: help build test smoke demo report lint format asan wide cross bench wheel docs clean
 help:
 	@echo "make demo     the whole pipeline on a real model: linearize, recover, quantize, generate"
 	@echo "make test     every test"
@@ -18,7 +18,6 @@ help:
 	@echo "make wide     the code of the AVX-512 levels on emulated 64-byte vectors"
 	@echo "make cross    the library built by clang; the kernels on aarch64 under qemu-user"
 	@echo "make wheel    a manylinux wheel, imported beside another torch"
-	@echo "make notebooks  runs every notebook; each ends by asserting its claim"
 	@echo "make docs     the documentation as HTML"
 	@echo "make build    environment and compiled library only      make clean   removes what was built"
 
@@ -47,9 +46,6 @@ demo: build
 
 report: build
 	$(PY) -m fastweights.demo --report
-
-notebooks: build
-	$(PY) -m pytest notebooks
 
 # ---- checks of the source ----------------------------------------------------------------------------------------
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
