@@ -68,9 +68,8 @@ define package
 	$(VENV)/bin/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	  -DPython_EXECUTABLE=$(abspath $(PY)) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) $(2) >/dev/null
 	$(VENV)/bin/cmake --build build/$(1)
-	rm -rf build/$(1)/package
+	rm -rf build/$(1)/package && mkdir build/$(1)/package && cp -r python/fastweights build/$(1)/package/
 	$(VENV)/bin/cmake --install build/$(1) --prefix build/$(1)/package >/dev/null
-	cp -r python/fastweights build/$(1)/package/
 endef
 # -S keeps the editable install from importing its own binaries instead.
 SITE = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
@@ -114,7 +113,7 @@ wheel: build
 	$(PY) cmake/wheel.py
 
 docs: build
-	$(PY) -m pip install -q -e ".[docs]" --no-build-isolation
+	$(PY) -m pip install -q sphinx myst-parser furo
 	$(VENV)/bin/sphinx-build -q -W -b html docs docs/_build
 
 clean:

@@ -114,3 +114,9 @@ def test_each_family_has_one_name_everywhere():
     python = {p.parent.name for p in ops.glob("*/spec.py")}
     native = {p.parent.name for p in CSRC.glob("*/ops*.cpp")}
     assert native <= python, f"C++ families without a spec: {sorted(native - python)}"
+
+
+def test_every_notebook_is_run_by_a_test():
+    tests = "\n".join(path.read_text() for path in tracked(".py") if "tests" in path.parts)
+    missing = [path.name for path in tracked(".ipynb") if path.name not in tests]
+    assert not missing, missing

@@ -85,11 +85,8 @@ def test_samples_include_an_empty_tensor(spec):
 
 
 @over()
-def test_bad_inputs_are_listed_for_both_doors(spec):
-    import inspect
-
-    sources = [inspect.getsource(bad.call) for bad in spec.bad_inputs]
-    assert sources
+def test_bad_inputs_are_listed(spec):
+    assert spec.bad_inputs
 
 
 @over(lambda spec: spec.differentiable)

@@ -1,4 +1,8 @@
-"""What the machine can do, measured in the run that uses it: multiply-adds and memory traffic."""
+"""What the machine can do, measured in the run that uses it: multiply-adds and memory traffic.
+
+`python -m fastweights.testing.roofline` prints it, with the share of the peak that the register
+tile of core/gemm.h reaches on 128 x 128 x 128 blocks at each CPU level.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,10 @@ import numpy as np
 import torch
 
 from fastweights._load import _C
+from fastweights.testing.levels import available_cpu_levels, cpu_level
+from fastweights.testing.tables import print_table
 
-__all__ = ["Roofline", "bandwidth", "measure", "peak_flops"]
+__all__ = ["Roofline", "bandwidth", "measure", "peak_flops", "tile_share"]
 
 # Far larger than any last-level cache share of a core: 256 MiB in all.
 _STREAM_FLOATS = 64 * 2**20
@@ -80,3 +86,30 @@ def measure() -> Roofline:
         copy=bandwidth("copy", threads),
         update=bandwidth("update", threads),
     )
+
+
+def tile_share(*, bf16: bool = False) -> float:
+    """Share of the one-thread peak that products of 128 x 128 x 128 from cache reach.
+
+    Peak and tile are read in turn, so that both see the same clock; the best of each counts.
+    """
+    pairs = [(peak_flops(1, bf16=bf16), _C.gemm_flops(bf16)) for _ in range(_REPEATS)]
+    return max(tile for _, tile in pairs) / max(peak for peak, _ in pairs)
+
+
+def _report() -> None:
+    rows = []
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            for name, bf16 in (("float32", False), ("bfloat16", True)):
+                peak, share = peak_flops(1, bf16=bf16), tile_share(bf16=bf16)
+                rows.append((level, name, f"{peak / 1e9:.1f}", f"{100 * share:.0f}"))
+    print_table(("level", "operands", "peak GFLOP/s, one thread", "% reached by the tile"), rows)
+    found = measure()
+    flops = f"{found.threads} threads: {found.flops_all / 1e9:.1f} GFLOP/s"
+    memory = [f"{kind} {getattr(found, kind) / 1e9:.1f}" for kind in ("read", "copy", "update")]
+    print(f"{flops}; {', '.join(memory)} GB/s")
+
+
+if __name__ == "__main__":
+    _report()

@@ -36,7 +36,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     except ImportError:
         print(markdown_table(header, rows))
         return
-    table = Table(*header, box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for name in header:
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Too narrow a terminal wraps lines; rich would rather cut the numbers off.
+    width = sum(2 + max(map(len, column)) for column in zip(header, *rows, strict=True))
+    Console(width=max(width, Console().width)).print(table)
