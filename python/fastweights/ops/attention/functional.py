@@ -96,11 +96,14 @@ def hybrid_attention(
         kf: `[B, T, HKV or HQ, F]`, features of the keys, meant to be non-negative.
         mix: `[HQ]`, the weight of the softmax part: a gate in (0, 1], already squashed. As it goes
             to 0, rows with a linear part become linear attention over it.
-        g: natural-log decays `<= 0`: None, `[HKV or HQ]` (the same at every token) or
-            `[B, T, HKV or HQ]`. −inf forgets everything that left the window before.
+        g: natural-log decays `<= 0`: None, `[HKV or HQ]` (the same at every token),
+            `[HKV or HQ, F]` (the same at every token, for every feature) or `[B, T, HKV or HQ]`.
+            −inf forgets everything that left the window before.
         window: number of keys, at least 1.
         layout: "sliding" or "terraced".
         scale: factor of the scores; None is K^-0.5.
+        sink: `[B, T, HQ]`, the score of one more key of the window, whose value is zero: where
+            attention goes that no key deserves. It takes part in the maximum. None is no such key.
         initial_state: continue from this state instead of an empty past.
         output_final_state: also return the state after the last token.
         cu_seqlens: int32 or int64 `[N + 1]`, ascending from 0 to T: packed sequences; needs B = 1.
@@ -156,10 +159,11 @@ def hybrid_attention_step(
         qf: `[B, HQ, F]`.
         kf: `[B, HKV or HQ, F]`.
         mix: `[HQ]`.
-        g: None, `[HKV or HQ]` or `[B, HKV or HQ]`.
+        g: None, `[HKV or HQ]`, `[HKV or HQ, F]` or `[B, HKV or HQ]`.
         state: from `hybrid_attention(..., output_final_state=True)` or `HybridState.zeros`.
         window: number of keys.
         scale: factor of the scores; None is K^-0.5.
+        sink: `[B, HQ]`, see `hybrid_attention`.
 
     Returns:
         o `[B, HQ, V]`.

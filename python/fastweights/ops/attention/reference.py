@@ -179,13 +179,17 @@ def _hybrid_sequence(
     softmax_part = mix[:, None, None] * (scores - m).exp()
     sink_part = softmax_part[..., len(j) :].sum(-1)
     pairs = _per_query_head(decay, heads, 0)[:, 1:, entry]  # [HQ, T, P + T, F or 1]
-    similarity = torch.einsum("ihf,jhf,hijf->hij", qf, _per_query_head(kf, heads), pairs.expand(-1, -1, -1, qf.shape[-1]))
+    similarity = torch.einsum(
+        "ihf,jhf,hijf->hij", qf, _per_query_head(kf, heads), pairs.expand(-1, -1, -1, qf.shape[-1])
+    )
     weights = softmax_part[..., : len(j)] + torch.where(in_linear, similarity, 0)
     from_state = qf * _per_query_head(decay[:, 1:, 0], heads, 0).transpose(0, 1)  # [T, HQ, F]
 
     num = torch.einsum("hij,jhv->ihv", weights, _per_query_head(v, heads))
     num = num + torch.einsum("ihf,hfv->ihv", from_state, _per_query_head(S, heads, 0))
-    den = (weights.sum(-1) + sink_part).T + torch.einsum("ihf,hf->ih", from_state, _per_query_head(z, heads, 0))
+    den = (weights.sum(-1) + sink_part).T + torch.einsum(
+        "ihf,hf->ih", from_state, _per_query_head(z, heads, 0)
+    )
 
     kf, v = (_per_query_head(x, S.shape[0]) for x in (kf, v))
     kept = torch.where(in_state[:, None], decay[:, length, entry], 0).transpose(0, 1) * kf
