@@ -94,7 +94,8 @@ def hybrid_attention(
         o_n, S_n, z_n = _hybrid_sequence(
             q[b, tokens].to(dtype), keys[0], keys[1], qf[b, tokens].to(dtype), keys[2],
             mix.to(dtype), g if g is None else (g[None] if constant else g[b, tokens]).to(dtype),
-            None if sink is None else sink[b, tokens].to(dtype), S0[n], z0[n], start, len(past), window, layout, scale,
+            None if sink is None else sink[b, tokens].to(dtype),
+            S0[n], z0[n], start, len(past), window, layout, scale,
         )  # fmt: skip
         outputs.append(o_n)
         S.append(S_n)
