@@ -198,6 +198,21 @@ def test_an_unconverted_model_has_nothing_to_transfer():
         fw.transfer_attention(tiny(), text(), steps=1)
 
 
+def test_the_precision_is_chosen_kept_and_checked(tmp_path):
+    model, file = fw.linearize(tiny(), window=4, feature_dim=6), tmp_path / "d.safetensors"
+
+    def run(**kw):
+        options = dict(steps=1, length=16, checkpoint=file)
+        return fw.transfer_attention(model, text(), **QUIET | options | kw)
+
+    assert run(precision="bfloat16").losses
+    assert run().losses and run(precision="auto").losses
+    with pytest.raises(ValueError, match="expected a checkpoint with precision=float32"):
+        run(precision="float32")
+    with pytest.raises(ValueError, match="expected precision 'auto', 'float32' or 'bfloat16'"):
+        run(precision="float8")
+
+
 class TestLoRALinear:
     def layer(self):
         torch.manual_seed(0)

@@ -36,6 +36,7 @@ def recover(
     merge: bool = True,
     seed: int = 1,
     checkpoint: str | Path | None = None,
+    precision: str = "auto",
     progress: bool = True,
 ) -> TrainingLog:
     """Trains LoRA on q, k, v and o, and the parameters that `linearize` added, on text.
@@ -59,6 +60,7 @@ def recover(
         merge: put the adapters into the weights afterwards; otherwise `LoRALinear`s stay.
         seed: of the initial LoRA weights and the choice of sequences.
         checkpoint: file to resume from and to write, see `fastweights.training.train`.
+        precision: "auto", "float32" or "bfloat16", see `fastweights.training.train`.
         progress: show a bar with loss and tokens per second.
 
     Returns:
@@ -98,7 +100,7 @@ def recover(
         log = train(
             loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes,
             length=length, batch_size=batch_size, accumulation=accumulation, clip=1.0, seed=seed,
-            checkpoint=checkpoint, name="recover", progress=progress,
+            checkpoint=checkpoint, precision=precision, name="recover", progress=progress,
         )  # fmt: skip
     if merge:
         merge_lora(model)

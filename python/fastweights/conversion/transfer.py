@@ -31,6 +31,7 @@ def transfer_attention(
     lr: float = 1e-2,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    precision: str = "auto",
     progress: bool = True,
 ) -> TrainingLog:
     """Attention transfer (LoLCATs, 2024, eq. 9): the new attentions imitate the softmax ones.
@@ -51,6 +52,7 @@ def transfer_attention(
         lr: peak learning rate of AdamW.
         seed: of the choice of sequences.
         checkpoint: file to resume from and to write, see `fastweights.training.train`.
+        precision: "auto", "float32" or "bfloat16", see `fastweights.training.train`.
         progress: show a bar with loss and tokens per second.
 
     Returns:
@@ -85,7 +87,7 @@ def transfer_attention(
             return train(
                 loss_and_backward, parameters, tokens, lr=lr, steps=steps, minutes=minutes,
                 length=length, batch_size=batch_size, accumulation=accumulation, seed=seed,
-                checkpoint=checkpoint, name="transfer", progress=progress,
+                checkpoint=checkpoint, precision=precision, name="transfer", progress=progress,
             )  # fmt: skip
         finally:
             for layer in layers:

@@ -44,8 +44,11 @@ def restore(
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
     steps: int | None,
+    free: set[str],
 ) -> tuple[list[float], int]:
     """Puts back what `store` wrote; returns the losses so far and the steps of the schedule.
+
+    Settings named in `free` are taken from the file into `settings`.
 
     Raises:
         ValueError: the file is damaged or belongs to a training with other settings.
@@ -62,6 +65,7 @@ def restore(
         raise ValueError(
             f"{name}: {path} is not a checkpoint of a training, or is damaged ({error})"
         ) from error
+    settings.update({key: found[key] for key in free & found.keys()})
     wanted = {**settings, "steps": found_steps if steps is None else steps}
     got = {**found, "steps": found_steps}
     if got != wanted:

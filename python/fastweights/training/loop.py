@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastweights.training.checkpoint import restore, store
+from fastweights.training.precision import autocast, resolve_precision
 
 # Learning rate: linear warm-up over this many steps, then a cosine down to a twentieth.
 _WARM_UP = 5
@@ -55,6 +56,7 @@ def train(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
+    precision: str = "auto",
     name: str = "train",
     progress: bool = True,
 ) -> TrainingLog:
@@ -79,6 +81,8 @@ def train(
         checkpoint: safetensors file with parameters, optimizer and progress; resumed from if it
             exists, written every `checkpoint_every` steps, at an interruption and at the end.
         checkpoint_every: see `checkpoint`.
+        precision: "float32", "bfloat16" (autocast), or "auto": what this machine is faster in, or
+            what the checkpoint was begun in.
         name: shown on the progress bar and checked against the checkpoint.
         progress: show a bar with loss and tokens per second.
 
@@ -107,9 +111,13 @@ def train(
         "batch_size": batch_size,
         "accumulation": accumulation,
         "parameters": len(parameters),
+        "precision": resolve_precision(precision),
     }
     if checkpoint is not None and Path(checkpoint).exists():
-        log.losses, log.steps = restore(Path(checkpoint), parameters, optimizer, settings, steps)
+        free = {"precision"} if precision == "auto" else set()
+        log.losses, log.steps = restore(
+            Path(checkpoint), parameters, optimizer, settings, steps, free
+        )
 
     started = time.perf_counter()
     bar = _bar(name, log, progress)
@@ -127,7 +135,8 @@ def train(
                 batch = _windows(
                     tokens, lengths[step % len(lengths)], batch_size, (seed, step, part)
                 )
-                loss += loss_and_backward(batch, 1 / accumulation) / accumulation
+                with autocast(str(settings["precision"])):
+                    loss += loss_and_backward(batch, 1 / accumulation) / accumulation
                 log.tokens += batch.shape[0] * (batch.shape[1] - 1)
             if not math.isfinite(loss):
                 raise ValueError(
