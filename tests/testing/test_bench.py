@@ -93,8 +93,8 @@ def test_a_wrong_op_is_not_timed(monkeypatch, capsys):
 
 def test_an_unknown_name_is_said(monkeypatch, capsys):
     monkeypatch.setattr(bench, "all_specs", lambda: [SPEC])
-    assert bench.bench(["doubel"]) == 1
-    assert "expected ops among double, got doubel" in capsys.readouterr().err
+    assert bench.bench(["binary"]) == 1
+    assert "expected ops among double, got binary" in capsys.readouterr().err
 
 
 def test_shares_are_of_the_measured_ceilings():
