@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastweights as fw
+from fastweights import functional
 from fastweights.ops.quantization import reference
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
 
@@ -67,7 +68,7 @@ def test_dequantize_matches_the_reference(dtype):
                 whole = fw.dequantize(qt, dtype)
                 assert whole.dtype == dtype
                 assert_close(whole, expected, tolerance=tolerance)
-                assert_equal(fw.functional.dequantize_rows(qt, index, dtype), whole[index])
+                assert_equal(functional.dequantize_rows(qt, index, dtype), whole[index])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -108,7 +109,7 @@ def test_refusals():
     qt = fw.quantize(w, "int8")
     for index in (-1, 20, 2**40):
         with pytest.raises(RuntimeError, match="dequantize_rows: expected 0 <= index < 20"):
-            fw.functional.dequantize_rows(qt, torch.tensor([0, index]))
+            functional.dequantize_rows(qt, torch.tensor([0, index]))
     qt.packed[0, -1], qt.packed[0, -2] = 0x7C, 0x01
     with pytest.raises(RuntimeError, match="dequantize: expected packed with finite parameters"):
         fw.dequantize(qt)

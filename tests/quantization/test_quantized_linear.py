@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastweights as fw
+from fastweights import functional
 from fastweights.ops.quantization import reference
 from fastweights.ops.quantization.tensor import packed_shape
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
@@ -109,7 +110,7 @@ def test_fused_is_the_sum_of_its_parts():
     qt = weight(40, 100, activation="float")
     x, norm, residual = torch.randn(3, 100), torch.rand(100) + 0.5, torch.randn(3, 40)
     normed = torch.nn.functional.rms_norm(x, (100,), norm, 1e-5)
-    got = fw.functional.quantized_linear_fused(
+    got = functional.quantized_linear_fused(
         x, qt, norm_weight=norm, norm_eps=1e-5, residual=residual
     )
     assert_close(got, fw.quantized_linear(normed, qt) + residual, tolerance=1e-5)
@@ -118,7 +119,7 @@ def test_fused_is_the_sum_of_its_parts():
 def test_fused_refuses_gradients():
     x = torch.randn(3, 100, requires_grad=True)
     with pytest.raises(NotImplementedError, match="quantized_linear_fused"):
-        fw.functional.quantized_linear_fused(x, weight(40, 100)).sum().backward()
+        functional.quantized_linear_fused(x, weight(40, 100)).sum().backward()
 
 
 def test_qt_is_a_pytree():
