@@ -89,28 +89,31 @@ static void group_row(const uint8_t* lines, const Parameters& p, int64_t quarter
   Vec<float> acc[kParts][4] = {};
   constexpr int step = F == Format::int4 ? 2 : 1;
   for (int64_t j = 0; j < quarter; j += step, lines += kLine) {
+    Words w[kParts];
     FW_UNROLL
-    for (int i = 0; i < kParts; ++i) {
-      const Words line = load_words(lines, i);
+    for (int i = 0; i < kParts; ++i) w[i] = load_words(lines, i);
+    prefetch(lines + kAhead);
+    FW_UNROLL
+    for (int half = 0; half < step; ++half) {
       FW_UNROLL
-      for (int half = 0; half < step; ++half) {
-        const Words w = half ? shift_right(line, 4) : line;
+      for (int t = 0; t < 4; ++t) {
+        const Vec<float> xt = set1(x[t * quarter + j + half]);
         FW_UNROLL
-        for (int t = 0; t < 4; ++t) {
-          const Vec<float> c = __builtin_convertvector(code_at<F>(w, t), Vec<float>);
-          acc[i][t] = fma(set1(x[t * quarter + j + half]), c, acc[i][t]);
+        for (int i = 0; i < kParts; ++i) {
+          acc[i][t] = fma(xt, __builtin_convertvector(code_at<F>(w[i], t), Vec<float>), acc[i][t]);
+          keep_in_register(acc[i][t]);
         }
       }
+      FW_UNROLL
+      for (int i = 0; i < kParts; ++i) w[i] = shift_right(w[i], 4);
     }
-    prefetch(lines + kAhead);
   }
   FW_UNROLL
   for (int i = 0; i < kParts; ++i) {
-    float* s = sums + i * kWords;
-    Vec<float> y = load(s);
+    Vec<float> y = load(sums + i * kWords);
     FW_UNROLL
     for (int t = 0; t < 4; ++t) y = fma(p.scale[i] * code_unit<F>(t), acc[i][t], y);
-    store(s, fma(p.minimum[i], set1(x_sum), y));
+    store(sums + i * kWords, fma(p.minimum[i], set1(x_sum), y));
   }
 }
 

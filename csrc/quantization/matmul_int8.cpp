@@ -20,7 +20,7 @@ FW_INLINE Words quartet(const uint8_t* lines, int64_t q, int part) {
 
 // sums[R][16] += one group of one strip times one panel of R rows.
 template <Format F, bool Packed, int R>
-static void group_tile(const uint8_t* lines, const Parameters& p, int64_t blocks, const int8_t* codes,
+static __attribute__((noinline)) void group_tile(const uint8_t* lines, const Parameters& p, int64_t blocks, const int8_t* codes,
                        const float* scales, const int32_t* code_sums, const float* group_sums, float* sums) {
   using D = Dot<F>;
   Vec<float> part[R][kParts] = {};
@@ -31,18 +31,25 @@ static void group_tile(const uint8_t* lines, const Parameters& p, int64_t blocks
       FW_UNROLL
       for (int i = 0; i < kParts; ++i) acc[r][i] = D::start(code_sums[b * R + r]);
     }
-    FW_UNROLL
-    for (int q = 0; q < kBlock / 4; ++q) {
-      Words w[kParts];
+    // Two quartets at a time, a line of nibbles; unrolled further, the loads are hoisted and the accumulators spill.
+#pragma GCC unroll 1
+    for (int q2 = 0; q2 < kBlock / 4; q2 += 2) {
       FW_UNROLL
-      for (int i = 0; i < kParts; ++i) w[i] = quartet<F, Packed>(lines, q, i);
-      FW_UNROLL
-      for (int r = 0; r < R; ++r) {
-        int32_t four;
-        __builtin_memcpy(&four, codes + (q * R + r) * 4, 4);
-        const Words x = set1(four);
+      for (int q = q2; q < q2 + 2; ++q) {
+        Words w[kParts];
         FW_UNROLL
-        for (int i = 0; i < kParts; ++i) acc[r][i] = D::dot(acc[r][i], w[i], x);
+        for (int i = 0; i < kParts; ++i) w[i] = quartet<F, Packed>(lines, q, i);
+        FW_UNROLL
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          __builtin_memcpy(&four, codes + (q * R + r) * 4, 4);
+          const Words x = set1(four);
+          FW_UNROLL
+          for (int i = 0; i < kParts; ++i) {
+            acc[r][i] = D::dot(acc[r][i], w[i], x);
+            keep_in_register(acc[r][i]);
+          }
+        }
       }
     }
     FW_UNROLL

@@ -166,7 +166,7 @@ def quantized_linear_fused(
 
     Raises:
         RuntimeError: sizes that do not match.
-        NotImplementedError: an input that requires grad.
+        NotImplementedError: in backward.
     """
     if needs_reference(x, qt.packed):
         return reference.quantized_linear_fused(
@@ -274,3 +274,12 @@ def _autocast(x: Tensor, *rest: Any) -> Tensor:
 
 
 torch.library.impl("fastweights::quantized_linear", "AutocastCPU", _autocast)
+
+
+def _fused_backward(ctx: Any, dy: Tensor) -> None:
+    raise NotImplementedError(
+        "quantized_linear_fused: it is for inference and has no gradient; use quantized_linear"
+    )
+
+
+torch.library.register_autograd("fastweights::quantized_linear_fused", _fused_backward)

@@ -78,8 +78,9 @@ class QuantizedLinear(_Quantized):
         bias: ``[out_features]`` or None.
 
     Example:
-        >>> import torch, fastweights as fw
-        >>> layer = fw.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32), "int4")
+        >>> import torch
+        >>> from fastweights.nn import QuantizedLinear
+        >>> layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 32), "int4")
         >>> layer(torch.randn(2, 64)).shape
         torch.Size([2, 32])
     """
@@ -138,7 +139,8 @@ class QuantizedEmbedding(_Quantized):
 
     Example:
         >>> import torch, fastweights as fw
-        >>> table = fw.nn.QuantizedEmbedding(fw.quantize(torch.randn(100, 64), "int8"))
+        >>> from fastweights.nn import QuantizedEmbedding
+        >>> table = QuantizedEmbedding(fw.quantize(torch.randn(100, 64), "int8"))
         >>> table(torch.tensor([3, 99])).shape
         torch.Size([2, 64])
     """
