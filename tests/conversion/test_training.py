@@ -65,7 +65,7 @@ def test_recover_learns_by_lora_alone(distill):
     log = fw.recover(
         model,
         text(),
-        steps=12,
+        steps=24,
         length=32,
         batch_size=2,
         lr=1e-2,
@@ -74,7 +74,7 @@ def test_recover_learns_by_lora_alone(distill):
         merge=False,
         **QUIET,
     )
-    assert log.losses[-1] < log.losses[0]
+    assert sum(log.losses[-6:]) < sum(log.losses[:6])
     assert sum(isinstance(m, LoRALinear) for m in model.modules()) == 8
     for name, p in model.named_parameters():
         if "lora" not in name:

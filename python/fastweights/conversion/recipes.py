@@ -30,7 +30,7 @@ class Recipe:
     feature_dim: int = 64
     rotated: bool = False
     shared: bool = True
-    gain: bool = True
+    gain: bool = False
     decay: bool = True
     sink: bool = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,14 +28,21 @@ def standard_library_docstrings(*, seed: int | None = 0) -> list[str]:
     Args:
         seed: shuffles the documents; None keeps them sorted by path.
     """
+    documents = list(_module_docstrings())
+    if seed is not None:
+        Random(seed).shuffle(documents)
+    return documents
+
+
+@cache
+def _module_docstrings() -> tuple[str, ...]:
+    """One document per module, sorted by path; parsing them all takes seconds."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
         if _LEFT_OUT.isdisjoint(path.relative_to(root).parts) and (text := _docstrings(path)):
             documents.append(text)
-    if seed is not None:
-        Random(seed).shuffle(documents)
-    return documents
+    return tuple(documents)
 
 
 def topic_documents() -> list[str]:
