@@ -44,6 +44,34 @@ FW_INLINE Vec<T> flush(Vec<T> x) {
   return x < tiny ? zero<T>() : x;
 }
 
+// Pulls the rows of the next chunk or head towards the cache, two tokens at each call.
+class Ahead {
+ public:
+  Ahead(const Problem& problem, const Sequence& sequence, const Task& task, int64_t start, int64_t end)
+      : p(problem), s(sequence), head(task.head), key_head(task.key_head), column(task.column), width(task.width),
+        at(start), last(end < sequence.length ? end : sequence.length) {}
+
+  void operator()() {
+    for (int64_t stop = at + 2 < last ? at + 2 : last; at < stop; ++at) {
+      pull(p.q, s.offset(p.q, at, key_head), p.K);
+      pull(p.k, s.offset(p.k, at, key_head), p.K);
+      pull(p.v, s.offset(p.v, at, head) + column, width);
+      if (p.gate == Gate::channel) pull(p.g, s.offset(p.g, at, head), p.K);
+    }
+  }
+
+ private:
+  static void pull(const Rows& r, int64_t offset, int64_t n) {
+    const int64_t bytes = r.element == Element::f64 ? 8 : r.element == Element::f32 ? 4 : 2;
+    const char* first = static_cast<const char*>(r.data) + offset * bytes;
+    for (int64_t i = 0; i < n * bytes; i += 64) prefetch(first + i);
+  }
+
+  const Problem& p;
+  const Sequence& s;
+  int64_t head, key_head, column, width, at, last;
+};
+
 template <typename T>
 struct Chunk {
   int64_t Kp, ld;  // padded K; padded columns of v

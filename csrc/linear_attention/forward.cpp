@@ -40,9 +40,12 @@ class ChunkedForward {
         if (a.states && start % kSegment == 0)
           keep_state(a.states, p, task, s.slot + start / kSegment, state, ld);
         chunk.load(p, s, task, start, n, !a.only_states);
-        if (!a.only_states) write_outputs(s, task, start, n, state);
+        const bool last = h + 1 == heads;
+        const int64_t next = last ? start + c : start;
+        Ahead ahead(p, s, Task::of(p, first_task + (last ? 0 : h + 1)), next, next + c);
+        if (!a.only_states) write_outputs(s, task, start, n, state, ahead);
         update<T>(p.K, ld, n, chunk.total, p.gate == Gate::channel, {chunk.k_out, 1, chunk.Kp}, {chunk.v, ld}, state,
-                  ld);
+                  ld, ahead);
       }
     }
     for (int64_t h = 0; h < heads; ++h)
@@ -57,7 +60,8 @@ class ChunkedForward {
            Scratch::take_bytes<T>(c * ld) + Scratch::take_bytes<T>(cp * kLanes<T>);
   }
 
-  void write_outputs(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state) {
+  void write_outputs(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state,
+                     Ahead& ahead) {
     const bool channel = p.gate == Gate::channel;
     if (channel) {
       channel_triangle(n, chunk.Kp, chunk.q, chunk.k, chunk.decay, P, cp, part);
@@ -70,7 +74,8 @@ class ChunkedForward {
     const bool direct = !p.normalize && sizeof(T) == size_of(a.o.element) && task.width == ld;
     T* out = direct ? static_cast<T*>(a.o.data) + s.offset(a.o, start, task.head) + task.column : o;
     const int64_t ld_out = direct ? a.o.time * s.step : ld;
-    read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ld}, nullptr, scores, {chunk.v, ld}, out, ld_out);
+    read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ld}, nullptr, scores, {chunk.v, ld}, out, ld_out,
+                ahead);
     if (direct) return;
     for (int64_t i = 0; i < n; ++i) {
       T* row = o + i * ld;

@@ -30,6 +30,11 @@ struct Int {};
 
 enum class Triangle { lower, upper };
 
+// Called once per panel of rows, for what may go on beside the arithmetic.
+struct Nothing {
+  void operator()() const {}
+};
+
 #define FW_METHOD __attribute__((always_inline)) inline
 
 // MR rows of NV vectors in registers.
@@ -166,10 +171,11 @@ static __attribute__((noinline)) void read_out_rows(int64_t i0, int64_t M, int64
   });
 }
 
-template <typename T, Triangle triangle = Triangle::lower>
+template <typename T, Triangle triangle = Triangle::lower, typename Beside = Nothing>
 FW_INLINE void read_out(int64_t M, int64_t N, int64_t K, Left<T> a1, Right<T> b1, const T* scale, Left<T> a2,
-                        Right<T> b2, T* out, int64_t ld) {
+                        Right<T> b2, T* out, int64_t ld, Beside&& beside = {}) {
   for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    beside();
     read_out_rows<T, triangle, MR>(i0, M, N, K, a1, b1, scale, a2, b2, out, ld);
   });
 }
@@ -203,10 +209,13 @@ static __attribute__((noinline)) void update_rows(int64_t i0, int64_t N, int64_t
   });
 }
 
-template <typename T>
+template <typename T, typename Beside = Nothing>
 FW_INLINE void update(int64_t M, int64_t N, int64_t n, const T* decay, int64_t step, Left<T> a, Right<T> b, T* S,
-                      int64_t ld) {
-  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) { update_rows<T, MR>(i0, N, n, decay, step, a, b, S, ld); });
+                      int64_t ld, Beside&& beside = {}) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    beside();
+    update_rows<T, MR>(i0, N, n, decay, step, a, b, S, ld);
+  });
 }
 
 // S[i, c] = decay[c] * S[i, c] + (left * right)[i, c]: the update of a transposed state with a gate per channel.
