@@ -135,6 +135,7 @@ FW_INLINE void restore_state(const void* states, const Problem& p, const Task& t
   const T* in = kept_state<T>(const_cast<void*>(states), p, task, slot);
   for (int64_t i = 0; i < p.K; ++i, in += columns) {
     load_elements(in + task.column, task.width, T(1), S + i * ld);
+    for (int64_t j = padded<T>(task.width); j < ld; ++j) S[i * ld + j] = T(0);
     if (p.normalize) S[i * ld + task.width] = in[p.V];
   }
 }

@@ -288,6 +288,7 @@ def _setup_context(
     ctx.mark_non_differentiable(states)
     names = ("scale", "normalize", "eps", "state_v_first", "reverse", "form")
     ctx.options = {name: keyword_only_inputs[name] for name in names}
+    ctx.returns_state = keyword_only_inputs["output_final_state"]
     ctx.save_for_backward(
         q,
         k,
@@ -308,8 +309,8 @@ def _backward(
     inputs = (q, k, v, g, initial_state, initial_z)
     grads = torch.ops.fastweights.linear_attention_backward(
         v.new_zeros(v.shape) if grad_o is None else grad_o,
-        grad_state,
-        grad_z,
+        grad_state if ctx.returns_state else None,
+        grad_z if ctx.returns_state and ctx.options["normalize"] else None,
         q,
         k,
         v,

@@ -71,7 +71,7 @@ def linear_attention(
         S_final.append(S)
         z_final.append(z)
 
-    out = torch.stack(outputs) if outputs else values.new_zeros(0)
+    out = torch.stack(outputs) if outputs else values
     out = out.reshape(values.shape).to(q.dtype)
     if not output_final_state:
         return out, None

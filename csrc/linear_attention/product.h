@@ -1,0 +1,301 @@
+// The products of a chunk as register tiles. core/gemm.h has the plain product; here a tile goes on to a second
+// product, stops at the diagonal or scales its rows, before its one store.
+#pragma once
+
+#include "core/gemm.h"
+#include "core/vec.h"
+
+namespace fastweights::linear_attention::FW_LEVEL {
+using namespace ::fastweights::FW_LEVEL;
+
+// Element (i, j) at data[i * row + j * column]: a matrix that is broadcast element by element, so that it may as well
+// be the transpose of what lies in memory.
+template <typename T>
+struct Left {
+  const T* data;
+  int64_t row, column;
+
+  const T* at(int64_t i) const { return data + i * row; }
+};
+
+// Rows of whole vectors.
+template <typename T>
+struct Right {
+  const T* data;
+  int64_t ld;
+};
+
+template <int N>
+struct Int {};
+
+enum class Triangle { lower, upper };
+
+// Called once per panel of rows, for what may go on beside the arithmetic.
+struct Nothing {
+  void operator()() const {}
+};
+
+#define FW_METHOD __attribute__((always_inline)) inline
+
+// MR rows of NV vectors in registers.
+template <typename T, int MR, int NV>
+struct Tile {
+  static constexpr int L = kLanes<T>;
+  Vec<T> sum[MR][NV];
+
+  FW_METHOD void clear() {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] = zero<T>();
+    }
+  }
+
+  FW_METHOD void load_scaled(const T* in, int64_t ld, const T* factor, int64_t step) {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] = load(in + i * ld + j * L) * set1(factor[i * step]);
+    }
+  }
+
+  FW_METHOD void scale_rows(const T* factor) {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] *= set1(factor[i]);
+    }
+  }
+
+  // sum += left[0:MR, 0:n] * right[0:n]
+  FW_METHOD void multiply(int64_t n, const T* left, int64_t row, int64_t column, const T* right, int64_t ld) {
+    for (int64_t k = 0; k < n; ++k) step<0, MR>(left + k * column, row, right + k * ld);
+  }
+
+  // sum[i] += left[i, k] * right[k] for k <= i (upper: k >= i) below MR. The other side of the diagonal is not read,
+  // so that not even a NaN passes from a later token to an earlier one.
+  template <Triangle triangle, int K = 0>
+  FW_METHOD void multiply_corner(const T* left, int64_t row, int64_t column, const T* right, int64_t ld) {
+    if constexpr (K < MR) {
+      if constexpr (triangle == Triangle::lower) {
+        step<K, MR>(left + K * column, row, right + K * ld);
+      } else {
+        step<0, K + 1>(left + K * column, row, right + K * ld);
+      }
+      multiply_corner<triangle, K + 1>(left, row, column, right, ld);
+    }
+  }
+
+  FW_METHOD void store_to(T* out, int64_t ld) const {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) store(out + i * ld + j * L, sum[i][j]);
+    }
+  }
+
+ private:
+  // One column of the left times one row of the right, for the rows [First, Last).
+  template <int First, int Last>
+  FW_METHOD void step(const T* left, int64_t row, const T* right) {
+    Vec<T> b[NV];
+    FW_UNROLL
+    for (int j = 0; j < NV; ++j) b[j] = load(right + j * L);
+    FW_UNROLL
+    for (int i = First; i < Last; ++i) {
+      const Vec<T> a = set1(left[i * row]);
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] = fma(a, b[j], sum[i][j]);
+    }
+  }
+};
+
+template <int MR, typename F>
+FW_INLINE void with_rows(int64_t rows, const F& f) {
+  if constexpr (MR > 0) {
+    if (rows == MR) {
+      f(Int<MR>{});
+    } else {
+      with_rows<MR - 1>(rows, f);
+    }
+  }
+}
+
+// f(Int<rows>{}, first row) over panels of at most kTileRows rows; what is left goes in halves, since a panel of one
+// or two rows has too few sums in flight.
+template <typename F>
+FW_INLINE void for_panels(int64_t M, const F& f) {
+  constexpr int MR = kTileRows;
+  int64_t m = 0;
+  for (; M - m >= 2 * MR || M - m == MR; m += MR) f(Int<MR>{}, m);
+  while (m < M) {
+    const int64_t rest = M - m, rows = rest > MR ? (rest + 1) / 2 : rest;
+    with_rows<MR>(rows, [&](auto n) { f(n, m); });
+    m += rows;
+  }
+}
+
+// f(Int<vectors>{}, first column) over N columns, a multiple of the lane count.
+template <typename T, typename F>
+FW_INLINE void for_strips(int64_t N, const F& f) {
+  constexpr int L = kLanes<T>, NV = kTileVectors;
+  int64_t n = 0;
+  for (; n + NV * L <= N; n += NV * L) f(Int<NV>{}, n);
+  if constexpr (NV > 2) {
+    for (; n + 2 * L <= N; n += 2 * L) f(Int<2>{}, n);
+  }
+  for (; n < N; n += L) f(Int<1>{}, n);
+}
+
+// out[i] = scale[i] * (a1 b1)[i] + sum over j <= i (upper: j >= i, below M) of a2[i, j] b2[j], for M rows and N
+// columns; scale null: 1.
+template <typename T, Triangle triangle, int MR>
+static __attribute__((noinline)) void read_out_rows(int64_t i0, int64_t M, int64_t N, int64_t K, Left<T> a1,
+                                                    Right<T> b1, const T* scale, Left<T> a2, Right<T> b2, T* out,
+                                                    int64_t ld) {
+  const T *corner = a2.at(i0) + i0 * a2.column, *rest = corner + MR * a2.column;
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
+    Tile<T, MR, NV> tile;
+    tile.clear();
+    tile.multiply(K, a1.at(i0), a1.row, a1.column, b1.data + n, b1.ld);
+    if (scale) tile.scale_rows(scale + i0);
+    const T* b = b2.data + n;
+    if constexpr (triangle == Triangle::lower) {
+      tile.multiply(i0, a2.at(i0), a2.row, a2.column, b, b2.ld);
+      tile.template multiply_corner<triangle>(corner, a2.row, a2.column, b + i0 * b2.ld, b2.ld);
+    } else {
+      tile.template multiply_corner<triangle>(corner, a2.row, a2.column, b + i0 * b2.ld, b2.ld);
+      tile.multiply(M - i0 - MR, rest, a2.row, a2.column, b + (i0 + MR) * b2.ld, b2.ld);
+    }
+    tile.store_to(out + i0 * ld + n, ld);
+  });
+}
+
+template <typename T, Triangle triangle = Triangle::lower, typename Beside = Nothing>
+FW_INLINE void read_out(int64_t M, int64_t N, int64_t K, Left<T> a1, Right<T> b1, const T* scale, Left<T> a2,
+                        Right<T> b2, T* out, int64_t ld, Beside&& beside = {}) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    beside();
+    read_out_rows<T, triangle, MR>(i0, M, N, K, a1, b1, scale, a2, b2, out, ld);
+  });
+}
+
+// The lower triangle, and what else its tiles cover, of left * right.
+template <typename T, int MR>
+static __attribute__((noinline)) void triangle_rows(int64_t i0, int64_t K, Left<T> a, Right<T> b, T* out, int64_t ld) {
+  const int64_t L = kLanes<T>, columns = (i0 + MR + L - 1) / L * L;
+  for_strips<T>(columns, [&]<int NV>(Int<NV>, int64_t n) {
+    Tile<T, MR, NV> tile;
+    tile.clear();
+    tile.multiply(K, a.at(i0), a.row, a.column, b.data + n, b.ld);
+    tile.store_to(out + i0 * ld + n, ld);
+  });
+}
+
+template <typename T>
+FW_INLINE void triangle(int64_t M, int64_t K, Left<T> a, Right<T> b, T* out, int64_t ld) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) { triangle_rows<T, MR>(i0, K, a, b, out, ld); });
+}
+
+// S[i] = decay[i * step] * S[i] + (left * right)[i]
+template <typename T, int MR>
+static __attribute__((noinline)) void update_rows(int64_t i0, int64_t N, int64_t n, const T* decay, int64_t step,
+                                                  Left<T> a, Right<T> b, T* S, int64_t ld) {
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t c) {
+    Tile<T, MR, NV> tile;
+    tile.load_scaled(S + i0 * ld + c, ld, decay + i0 * step, step);
+    tile.multiply(n, a.at(i0), a.row, a.column, b.data + c, b.ld);
+    tile.store_to(S + i0 * ld + c, ld);
+  });
+}
+
+template <typename T, typename Beside = Nothing>
+FW_INLINE void update(int64_t M, int64_t N, int64_t n, const T* decay, int64_t step, Left<T> a, Right<T> b, T* S,
+                      int64_t ld, Beside&& beside = {}) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    beside();
+    update_rows<T, MR>(i0, N, n, decay, step, a, b, S, ld);
+  });
+}
+
+// S[i, c] = decay[c] * S[i, c] + (left * right)[i, c]: the update of a transposed state with a gate per channel.
+template <typename T>
+FW_INLINE void update_columns(int64_t M, int64_t N, int64_t n, const T* decay, Left<T> a, Right<T> b, T* S,
+                              int64_t ld) {
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t c = 0; c < N; c += kLanes<T>) store(S + i * ld + c, load(S + i * ld + c) * load(decay + c));
+  }
+  gemm<T>(M, N, n, a.data, a.row, a.column, b.data, b.ld, S, ld, true);
+}
+
+// ---- transposition: log2(lanes) rounds that exchange the off-diagonal blocks of half the size -------------------
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using type = Lanes<I...>;
+};
+
+template <int H, typename V, int... I>
+FW_INLINE V keep_even_blocks(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & H) ? int(sizeof...(I)) + I - H : I)...);
+}
+template <int H, typename V, int... I>
+FW_INLINE V keep_odd_blocks(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & H) ? int(sizeof...(I)) + I : I + H)...);
+}
+
+template <typename T, int H>
+FW_INLINE void transpose_rounds(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  using All = typename LanesUpTo<L>::type;
+  FW_UNROLL
+  for (int i = 0; i < L; ++i) {
+    if ((i & H) == 0) {
+      const Vec<T> a = r[i], b = r[i + H];
+      r[i] = keep_even_blocks<H>(a, b, All{});
+      r[i + H] = keep_odd_blocks<H>(a, b, All{});
+    }
+  }
+  if constexpr (H > 1) transpose_rounds<T, H / 2>(r);
+}
+
+template <typename T>
+FW_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
+  transpose_rounds<T, kLanes<T> / 2>(r);
+}
+
+// out[j, i] = in[i, j]; rows and columns are multiples of the lane count.
+template <typename T>
+static void transpose(int64_t rows, int64_t columns, const T* in, int64_t ld_in, T* out, int64_t ld_out) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += L) {
+    for (int64_t j = 0; j < columns; j += L) {
+      Vec<T> r[L];
+      FW_UNROLL
+      for (int n = 0; n < L; ++n) r[n] = load(in + (i + n) * ld_in + j);
+      transpose<T>(r);
+      FW_UNROLL
+      for (int n = 0; n < L; ++n) store(out + (j + n) * ld_out + i, r[n]);
+    }
+  }
+}
+
+// The sums of the lanes of L vectors, as one vector.
+template <typename T>
+FW_INLINE Vec<T> reduce_each(const T* rows) {
+  constexpr int L = kLanes<T>;
+  Vec<T> r[L];
+  FW_UNROLL
+  for (int n = 0; n < L; ++n) r[n] = load(rows + n * L);
+  transpose<T>(r);
+  Vec<T> sum = r[0];
+  FW_UNROLL
+  for (int n = 1; n < L; ++n) sum += r[n];
+  return sum;
+}
+
+}  // namespace fastweights::linear_attention::FW_LEVEL
