@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fastweights import _load as _load
+from fastweights.ops._common import (
+    needs_reference,
+    refuse_double_backward,
+    refuse_forward_ad,
+)
 from fastweights.ops.attention import reference
-from fastweights.ops.attention.state import HybridState, Layout
+from fastweights.ops.attention.state import HybridState, Layout, state_after, state_dtype
 
 
 def window_attention(
@@ -48,10 +57,57 @@ def window_attention(
         >>> fw.functional.window_attention(q, k, v, window=128).shape
         torch.Size([1, 1000, 4, 64])
     """
-    return reference.window_attention(
-        q, k, v, window=window, causal=causal, scale=scale, return_lse=return_lse,
-        cu_seqlens=cu_seqlens,
+    refuse_forward_ad("window_attention", q, k, v)
+    if needs_reference(q, k, v):
+        return reference.window_attention(
+            q, k, v, window=window, causal=causal, scale=scale, return_lse=return_lse,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    o, lse = torch.ops.fastweights.window_attention(
+        q, k, v, cu_seqlens, window=window, causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, return_lse=return_lse,
     )  # fmt: skip
+    return (o, lse) if return_lse else o
+
+
+@torch.library.register_fake("fastweights::window_attention")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, return_lse: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=state_dtype(q.dtype))
+    return q.new_empty(*q.shape[:3], v.shape[-1]), lse
+
+
+@torch.library.register_fake("fastweights::window_attention_backward")
+def _(
+    grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _window_setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = dict(keyword_only_inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _window_backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> Any:
+    q, k, v, cu_seqlens = ctx.saved_tensors
+    options = dict(ctx.options)
+    if not options.pop("return_lse"):
+        grad_lse = None
+    if grad_o is None:
+        grad_o = q.new_zeros(*q.shape[:3], v.shape[-1])
+    grads = torch.ops.fastweights.window_attention_backward(
+        grad_o, grad_lse, q, k, v, cu_seqlens, **options
+    )
+    return *grads, None
+
+
+torch.library.register_autograd(
+    "fastweights::window_attention", _window_backward, setup_context=_window_setup
+)
+refuse_double_backward("window_attention")
 
 
 def hybrid_attention(
@@ -126,10 +182,120 @@ def hybrid_attention(
         >>> o.shape, state.S.shape
         (torch.Size([1, 300, 4, 64]), torch.Size([1, 4, 32, 64]))
     """
-    return reference.hybrid_attention(
-        q, k, v, qf, kf, mix, g, window=window, layout=layout, scale=scale, sink=sink,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    if layout not in ("sliding", "terraced"):
+        raise ValueError(
+            f"hybrid_attention: expected layout 'sliding' or 'terraced', got {layout!r}"
+        )
+    past = (None,) * 6 if initial_state is None else initial_state.tensors()
+    refuse_forward_ad("hybrid_attention", q, k, v, qf, kf, mix, g, sink, *past)
+    per_feature = g is not None and g.dim() == 2
+    if sink is not None or per_feature or needs_reference(q, k, v, qf, kf, mix, g):
+        return reference.hybrid_attention(
+            q, k, v, qf, kf, mix, g, window=window, layout=layout, scale=scale, sink=sink,
+            initial_state=initial_state, output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    dtype = state_dtype(q.dtype)
+    o, S, z = torch.ops.fastweights.hybrid_attention(
+        q, k, v, qf, kf, mix.to(dtype), None if g is None else g.to(dtype), *past, cu_seqlens,
+        window=window, terraced=layout == "terraced",
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        output_final_state=output_final_state,
     )  # fmt: skip
+    if not output_final_state:
+        return o, None
+    return o, state_after(k, v, kf, S, z, initial_state, window, layout, cu_seqlens)
+
+
+@torch.library.register_fake("fastweights::hybrid_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None,
+    k_ring: Tensor | None,
+    v_ring: Tensor | None,
+    kf_ring: Tensor | None,
+    S0: Tensor | None,
+    z0: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    output_final_state: bool,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    if not output_final_state:
+        return o, mix.new_empty(0), mix.new_empty(0)
+    heads = kf.shape[2] if g is None else max(kf.shape[2], g.shape[-1])
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    features = qf.shape[-1]
+    S = mix.new_empty(rows, heads, features, v.shape[-1])
+    return o, S, mix.new_empty(rows, heads, features)
+
+
+@torch.library.register_fake("fastweights::hybrid_attention_backward")
+def _(
+    grad_o: Tensor,
+    grad_S: Tensor | None,
+    grad_z: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qf: Tensor,
+    kf: Tensor,
+    mix: Tensor,
+    g: Tensor | None,
+    k_ring: Tensor | None,
+    v_ring: Tensor | None,
+    kf_ring: Tensor | None,
+    S0: Tensor | None,
+    z0: Tensor | None,
+    *_: Any,
+    **__: Any,
+) -> tuple[Tensor, ...]:
+    def like(x: Tensor | None) -> Tensor:
+        return mix.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return tuple(like(x) for x in (q, k, v, qf, kf, mix, g, k_ring, v_ring, kf_ring, S0, z0))
+
+
+def _hybrid_setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = dict(keyword_only_inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _hybrid_backward(
+    ctx: Any, grad_o: Tensor | None, grad_S: Tensor | None, grad_z: Tensor | None
+) -> Any:
+    q, k, v, qf, kf, mix, g, *past, position, cu_seqlens = ctx.saved_tensors
+    options = dict(ctx.options)
+    if not options.pop("output_final_state"):
+        grad_S = grad_z = None
+    elif grad_S is not None or grad_z is not None:
+        heads = kf.shape[2] if g is None else max(kf.shape[2], g.shape[-1])
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shape = (rows, heads, qf.shape[-1], v.shape[-1])
+        grad_S = mix.new_zeros(shape) if grad_S is None else grad_S
+        grad_z = mix.new_zeros(shape[:3]) if grad_z is None else grad_z
+    if grad_o is None:
+        grad_o = q.new_zeros(*q.shape[:3], v.shape[-1])
+    grads = torch.ops.fastweights.hybrid_attention_backward(
+        grad_o, grad_S, grad_z, q, k, v, qf, kf, mix, g, *past, position, cu_seqlens, **options
+    )
+    inputs = (q, k, v, qf, kf, mix, g, *past)
+    wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+    return *wanted, None, None
+
+
+torch.library.register_autograd(
+    "fastweights::hybrid_attention", _hybrid_backward, setup_context=_hybrid_setup
+)
+refuse_double_backward("hybrid_attention")
 
 
 def hybrid_attention_step(

@@ -155,6 +155,8 @@ def _hybrid_sequence(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     length, heads = q.shape[:2]
+    if length == 0:
+        return q.new_zeros(0, heads, v.shape[-1]), S, z
     i = start + torch.arange(length, device=q.device)
     j = start - past + torch.arange(past + length, device=q.device)
     left = leaves_at(j, window, layout)
