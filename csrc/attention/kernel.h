@@ -70,6 +70,24 @@ struct ReduceArgs {
   void* past = nullptr;  // compute [sequences, H, ring, D], or null
 };
 
+// One token. step: a task is one state head of one row, and nothing but S, z and o is written. remember: a task is one
+// row, whose token goes into the rings.
+struct StepArgs {
+  Element element = Element::f32;
+  int64_t HQ = 0, HKV = 0, HF = 0, HG = 1, HS = 0, K = 0, V = 0, F = 0;
+  int64_t window = 0, ring = 0;  // ring == window: sliding; 2 window: terraced
+  double scale = 0;
+  Rows q{}, k{}, v{}, qf{}, kf{};                                 // element [B, H, D]
+  Rows g{};                                                       // compute [B, HG], null data: no decay
+  const void* mix = nullptr;                                      // compute [HQ]
+  void *k_ring = nullptr, *v_ring = nullptr, *kf_ring = nullptr;  // compute [B, H, ring, D]
+  void *S = nullptr, *z = nullptr;                                // compute [B, HS, F, V], [B, HS, F]
+  int64_t* position = nullptr;                                    // [B]
+  void* o = nullptr;                                              // element [B, HQ, V]
+};
+
+FW_DECLARE_KERNEL(step, StepArgs)
+FW_DECLARE_KERNEL(remember, StepArgs)
 FW_DECLARE_KERNEL(forward, ForwardArgs)
 FW_DECLARE_KERNEL(backward, BackwardArgs)
 FW_DECLARE_KERNEL(reduce, ReduceArgs)

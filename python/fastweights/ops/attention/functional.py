@@ -12,6 +12,7 @@ from fastweights.ops._common import (
     needs_reference,
     refuse_double_backward,
     refuse_forward_ad,
+    refuse_gradients,
 )
 from fastweights.ops.attention import reference
 from fastweights.ops.attention.state import HybridState, Layout, state_after, state_dtype
@@ -70,16 +71,14 @@ def window_attention(
     return (o, lse) if return_lse else o
 
 
-@torch.library.register_fake("fastweights::window_attention")
-def _(
+def _window_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, return_lse: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=state_dtype(q.dtype))
     return q.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
-@torch.library.register_fake("fastweights::window_attention_backward")
-def _(
+def _window_backward_fake(
     grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -104,6 +103,8 @@ def _window_backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -
     return *grads, None
 
 
+torch.library.register_fake("fastweights::window_attention", _window_fake)
+torch.library.register_fake("fastweights::window_attention_backward", _window_backward_fake)
 torch.library.register_autograd(
     "fastweights::window_attention", _window_backward, setup_context=_window_setup
 )
@@ -207,8 +208,7 @@ def hybrid_attention(
     return o, state_after(k, v, kf, S, z, initial_state, window, layout, cu_seqlens)
 
 
-@torch.library.register_fake("fastweights::hybrid_attention")
-def _(
+def _hybrid_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,8 +237,7 @@ def _(
     return o, S, mix.new_empty(rows, heads, features)
 
 
-@torch.library.register_fake("fastweights::hybrid_attention_backward")
-def _(
+def _hybrid_backward_fake(
     grad_o: Tensor,
     grad_S: Tensor | None,
     grad_z: Tensor | None,
@@ -292,6 +291,8 @@ def _hybrid_backward(
     return *wanted, None, None
 
 
+torch.library.register_fake("fastweights::hybrid_attention", _hybrid_fake)
+torch.library.register_fake("fastweights::hybrid_attention_backward", _hybrid_backward_fake)
 torch.library.register_autograd(
     "fastweights::hybrid_attention", _hybrid_backward, setup_context=_hybrid_setup
 )
@@ -337,6 +338,41 @@ def hybrid_attention_step(
     Raises:
         RuntimeError: shapes or dtypes that do not fit, or an input that requires a gradient.
     """
-    return reference.hybrid_attention_step(
-        q, k, v, qf, kf, mix, g, state=state, window=window, scale=scale, sink=sink
-    )
+    refuse_forward_ad("hybrid_attention_step", q, k, v, qf, kf, mix, g, sink, *state.tensors())
+    per_feature = g is not None and g.shape == state.z.shape[1:]
+    if sink is not None or per_feature or needs_reference(q, k, v, qf, kf, mix, g):
+        return reference.hybrid_attention_step(
+            q, k, v, qf, kf, mix, g, state=state, window=window, scale=scale, sink=sink
+        )
+    dtype = state_dtype(q.dtype)
+    return torch.ops.fastweights.hybrid_attention_step(  # type: ignore[no-any-return]
+        q, k, v, qf, kf, mix.to(dtype), None if g is None else g.to(dtype), *state.tensors(),
+        window=window, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
+
+
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty(*q.shape[:2], v.shape[-1])
+
+
+torch.library.register_fake("fastweights::hybrid_attention_step", _step_fake)
+refuse_gradients("hybrid_attention_step")
+
+
+def _autocast(op: str, count: int) -> None:
+    """Under CPU autocast the first `count` arguments go to its dtype; gates and states stay."""
+    overload = getattr(torch.ops.fastweights, op).default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        tokens = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:count]]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*tokens, *args[count:], **kwargs)
+
+    torch.library.impl(f"fastweights::{op}", "AutocastCPU", cast)
+
+
+_autocast("window_attention", 3)
+_autocast("hybrid_attention", 5)
+_autocast("hybrid_attention_step", 5)
