@@ -125,7 +125,7 @@ def state_after(
     def ring(tokens: Tensor, old: Tensor | None) -> Tensor:
         if length == 0:
             tokens = tokens.new_zeros(tokens.shape[0], 1, *tokens.shape[2:])
-        taken = tokens[row, source].transpose(1, 2).to(state_dtype(tokens.dtype))
+        taken = tokens[row, source].transpose(1, 2).contiguous().to(state_dtype(tokens.dtype))
         return torch.where(fresh, taken, torch.zeros_like(taken) if old is None else old)
 
     return HybridState(
