@@ -87,6 +87,9 @@ static T score_gradients(const Pair<T>& p, const T* m, const T* c_of, int64_t ld
   return dmix;
 }
 
+// Unnamed, so that its members are no weak symbols.
+namespace {
+
 template <typename S>
 struct Sweep {
   using T = Compute<S>;
@@ -274,6 +277,8 @@ struct Sweep {
     }
   }
 };
+
+}  // namespace
 
 template <typename S>
 static void backward_head(const BackwardArgs& args, int64_t n, int64_t hq) {

@@ -100,13 +100,15 @@ def hybrid_attention(
         outputs.append(o_n)
         S.append(S_n)
         z.append(z_n)
-    o = (torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]).to(q.dtype)
+    if rows == 0:
+        o, S_end, z_end = q.new_zeros(*q.shape[:3], v.shape[-1]), S0, z0
+    else:
+        o = torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
+        S_end, z_end = torch.stack(S), torch.stack(z)
     if not output_final_state:
-        return o, None
-    state = state_after(
-        k, v, kf, torch.stack(S), torch.stack(z), initial_state, window, layout, cu_seqlens
-    )
-    return o, state
+        return o.to(q.dtype), None
+    state = state_after(k, v, kf, S_end, z_end, initial_state, window, layout, cu_seqlens)
+    return o.to(q.dtype), state
 
 
 def hybrid_attention_step(
