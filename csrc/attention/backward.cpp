@@ -2,7 +2,7 @@
 // u_i = dO_i / D_i, the gradient of a weight is h_ij = u_i · v_j − c_i, c_i = Σ_j w_ij (u_i · v_j) / D_i. Everything
 // follows: dv_j = Σ w_ij u_i, ds_ij = mix p_ij h_ij less its sum over the window at the maximum, d(a_ij) = d_ij h_ij.
 // The chunks run backwards with the gradient of the state; the states at their starts are computed first.
-#include "attention/chunk.h"
+#include "attention/channels.h"
 
 namespace fastweights::attention::FW_LEVEL {
 
@@ -45,11 +45,11 @@ static void store_rows(S* dst, int64_t stride, const Compute<S>* src, int64_t ld
 }
 
 // p.x holds u_i · v_j and becomes the gradient of the scores; p.da becomes that of the similarities. Returns the
-// gradient of mix. With features the sum over a window is taken off at its maximum, in equal parts where several keys
+// gradient of mix; with a sink, dsink receives its. With features the sum over a window is taken off at its maximum, in equal parts where several keys
 // share it; without, the maximum cancels.
 template <typename T>
-static T score_gradients(const Pair<T>& p, const T* m, const T* c_of, int64_t ld, T mix, const Inputs& a, const Span& s,
-                         const Windows<T>& win, const Decay<T>& decay) {
+static T score_gradients(const Pair<T>& p, T* dsink, const T* sink, const T* m, const T* c_of, int64_t ld, T mix,
+                         const Inputs& a, const Span& s, const Windows<T>& win, const Decay<T>& decay) {
   constexpr int L = kLanes<T>;
   T dmix = 0;
   for (int64_t c = 0; c < s.n; c += L) {
@@ -57,6 +57,12 @@ static T score_gradients(const Pair<T>& p, const T* m, const T* c_of, int64_t ld
     const int64_t first = int64_t(win.lo[c]), last = int64_t(win.hi[min64(c + L, s.n) - 1]);
     const Vec<T> top = load(m + c), shift = load(c_of + c);
     Vec<T> sum = {}, ties = {};
+    if (sink) {
+      const Vec<T> score = load(sink + c);
+      sum = exp(score - top) * -shift;  // h of a key whose value is zero
+      ties = score == top ? set1(T(1)) : ties;
+      store(dsink + c, set1(mix) * sum);
+    }
     for (int64_t j = 0; j < s.nk; ++j) {
       const Vec<T> hv = load(p.x + j * ld + c) - shift;
       if (j < s.nz) {
@@ -78,6 +84,7 @@ static T score_gradients(const Pair<T>& p, const T* m, const T* c_of, int64_t ld
     dmix += reduce_add<T>(sum);
     if (a.F == 0) continue;
     const Vec<T> share = set1(mix) * sum / ties;
+    if (sink) store(dsink + c, load(sink + c) == top ? load(dsink + c) - share : load(dsink + c));
     for (int64_t j = first; j < last; ++j) {
       const Vec<T> jj = set1(T(j)), ds = load(p.x + j * ld + c);
       const auto at_top = (jj >= lo) & (jj < hi) & (load(p.scores + j * ld + c) == top);
@@ -101,9 +108,10 @@ struct Sweep {
   const int64_t C, keys, zone, KP, VP, FP;
   T mix;
   // scratch
-  T *q, *qf, *qt, *qft, *k, *v, *kf, *u, *ut, *su, *vt, *dkft, *m, *sum, *c_of, *dG;
+  T *q, *qf, *qt, *qft, *qet, *k, *v, *kf, *u, *ut, *su, *vt, *dkft, *m, *sum, *c_of, *dG, *sinks, *dsinks, *dchannels;
   Pair<T> pair;
   Decay<T> decay;
+  Channels<T> channels;
   Windows<T> windows;
   T *dS, *dz;
 
@@ -114,6 +122,7 @@ struct Sweep {
     qf = take(C * FP);
     qt = take(a.K * C);
     qft = take(a.F * C);
+    qet = a.per_channel ? take(a.F * C) : qft;  // the queries as the state meets them, but for decay.from_start
     k = take(keys * KP);
     v = take(keys * VP);
     kf = take(zone * FP);
@@ -126,6 +135,10 @@ struct Sweep {
     sum = take(C);
     c_of = take(C);
     dG = take(C);
+    sinks = take(C);
+    dsinks = take(C);
+    dchannels = take(FP);
+    lay_out_channels(channels, a, C, zone, FP, take);
     pair.scores = take(keys * C);
     pair.weights = take(keys * C);
     pair.x = take(keys * C);
@@ -178,12 +191,18 @@ struct Sweep {
     if (a.F) {
       pack_tokens<S>(qf, FP, a.F, a.qf, h, h.hq, s.i0, s.n);
       transpose(qft, C, qf, FP, s.n, a.F, T(1));
-      gemm<T>(s.nz, N, a.F, kf, FP, 1, qft, C, pair.da, C, false);
+      if (channels.any) {
+        similarities(pair.da, C, kf, qft, channels, a, s);
+        decay_queries(qet, qft, C, channels, a, s);
+      } else {
+        gemm<T>(s.nz, N, a.F, kf, FP, 1, qft, C, pair.da, C, false);
+      }
     }
-    weigh(pair.weights, m, sum, pair.scores, pair.da, C, mix, a, s, windows, decay);
+    const T* sink = sinks_of_chunk(sinks, a, h, s);
+    weigh(pair.weights, m, sum, pair.scores, pair.da, sink, C, mix, a, s, windows, decay);
     for (int64_t c = 0; a.F && c < N; c += L) {
       Vec<T> den = {};
-      for (int64_t f = 0; f < a.F; ++f) den = fma(set1(state[state_size + f]), load(qft + f * C + c), den);
+      for (int64_t f = 0; f < a.F; ++f) den = fma(set1(state[state_size + f]), load(qet + f * C + c), den);
       store(sum + c, fma(den, load(decay.from_start + c), load(sum + c)));
     }
 
@@ -199,12 +218,14 @@ struct Sweep {
     if (a.F) gemm<T>(a.F, N, a.V, state, VP, 1, ut, C, su, C, false);
     for (int64_t c = 0; c < N; c += L) {
       Vec<T> dot = column_dot(pair.weights, pair.x, C, s.nk, c);
-      if (a.F) dot = fma(column_dot(qft, su, C, a.F, c), load(decay.from_start + c), dot);
+      if (a.F) dot = fma(column_dot(qet, su, C, a.F, c), load(decay.from_start + c), dot);
       store(c_of + c, dot / load(sum + c));
     }
     const T* dlse = static_cast<const T*>(args.dlse);
     for (int64_t r = 0; dlse && r < s.n; ++r) c_of[r] -= dlse[query_row(s) + r * a.HQ] / sum[r];
-    const T dmix = score_gradients(pair, m, c_of, C, mix, a, s, windows, decay);
+    const T dmix = score_gradients(pair, dsinks, sink, m, c_of, C, mix, a, s, windows, decay);
+    T* const dsink = static_cast<T*>(args.dsink);
+    for (int64_t r = 0; dsink && r < s.n; ++r) dsink[query_row(s) + r * a.HQ] = dsinks[r];
 
     // softmax part
     T* const dk = static_cast<T*>(args.dk) + row_of(s.j0) * KP;
@@ -228,20 +249,40 @@ struct Sweep {
       for (int64_t f = 0; f < a.F; ++f)
         store(su + f * C + c, e * (load(su + f * C + c) - shift * set1(state[state_size + f])));
     }
-    gemm<T>(a.F, N, s.nz, kf, 1, FP, pair.da, C, su, C, true);
+    if (channels.any) {
+      decay_queries(su, su, C, channels, a, s);
+      add_query_gradients(su, C, pair.da, kf, channels, a, s);
+    } else {
+      gemm<T>(a.F, N, s.nz, kf, 1, FP, pair.da, C, su, C, true);
+    }
     for (int64_t c = 0; c < N; c += L) store(dG + c, column_dot(qft, su, C, a.F, c));
     transpose(q, FP, su, C, a.F, s.n, T(1));
     store_rows<S>(static_cast<S*>(args.dqf) + query_row(s) * a.F, a.HQ * a.F, q, FP, s.n, a.F, T(1));
+
+    if (channels.any) channel_gates(s, next);
 
     // keys of the zone: by the queries of this chunk, then by the state at its end
     T* const dkf = static_cast<T*>(args.dkf) + row_of(s.j0) * FP;
     if (s.nz > 0) {
       const int64_t Z = round_up<T>(s.nz);
-      gemm<T>(s.nz, FP, s.n, pair.da, C, 1, qf, FP, dkf, FP, true);
+      if (channels.any) {
+        add_key_gradients(dkf, pair.da, C, qf, channels, a, s);
+      } else {
+        gemm<T>(s.nz, FP, s.n, pair.da, C, 1, qf, FP, dkf, FP, true);
+      }
       transpose(vt, Z, v, VP, s.nz, a.V, T(1));
       gemm<T>(a.F, Z, a.V, dS, VP, 1, vt, Z, dkft, Z, false);
       for (int64_t j = 0; j < s.nz; ++j) {
         const int64_t l = leaves_at(a, s, j);
+        if (channels.any) {
+          const T* power = channels.rows + (s.n - 1 - l) * FP;
+          for (int64_t f = 0; f < a.F; ++f) {
+            dkf[j * FP + f] += power[f] * (dkft[f * Z + j] + dz[f]);
+            dchannels[f] -= T(l + 1) * kf[j * FP + f] * dkf[j * FP + f];
+            kf[j * FP + f] *= power[f];
+          }
+          continue;
+        }
         const T t = decay.any ? decay.to_end[l] : T(1);
         for (int64_t f = 0; f < a.F; ++f) dkf[j * FP + f] += t * (dkft[f * Z + j] + dz[f]);
         dG[l] -= row_dot(kf + j * FP, dkf + j * FP, FP);
@@ -249,21 +290,36 @@ struct Sweep {
       }
       gemm<T>(s.nz, VP, a.F, kf, FP, 1, dS, VP, dv, VP, true);
     }
-    if (args.dg) gate(s, next);
+    if (args.dg && !channels.any) gate(s, next);
 
     // the state at the start
-    const Vec<T> whole = set1(decay.whole);
-    for (int64_t x = 0; x < state_size; x += L) store(dS + x, load(dS + x) * whole);
     for (int64_t f = 0; f < a.F; ++f) {
+      const T whole = channels.any ? channels.rows[s.n * FP + f] : decay.whole;
+      for (int64_t x = 0; x < VP; x += L) store(dS + f * VP + x, load(dS + f * VP + x) * set1(whole));
       Vec<T> den = {};
       for (int64_t c = 0; c < N; c += L) {
-        const Vec<T> scaled = load(qft + f * C + c) * load(decay.from_start + c);
+        const Vec<T> scaled = load(qet + f * C + c) * load(decay.from_start + c);
         den = fma(scaled, load(c_of + c), den);
-        store(qft + f * C + c, scaled);
+        store(qet + f * C + c, scaled);
       }
-      dz[f] = decay.whole * dz[f] - reduce_add<T>(den);
+      dz[f] = whole * dz[f] - reduce_add<T>(den);
     }
-    gemm<T>(a.F, VP, s.n, qft, C, 1, u, VP, dS, VP, true);
+    gemm<T>(a.F, VP, s.n, qet, C, 1, u, VP, dS, VP, true);
+  }
+
+  // A decay per channel: the share of a pair in dg_f is its length i - l(j) times its part of the product, which sums
+  // to i qf_if dqf_if over the queries less l(j) kf_jf dkf_jf over the keys. Points are counted from before the chunk,
+  // where the state is a key; at its end the state is a query. The keys' part is taken where dkf is whole.
+  void channel_gates(const Span& s, const T* next) {
+    for (int64_t f = 0; f < a.F; ++f) {
+      Vec<T> sum = {};
+      for (int64_t c = 0; c < s.n; c += L) {
+        const Vec<T> point = lane_numbers<T>() + set1(T(c + 1));
+        sum = fma(point * load(qft + f * C + c), load(su + f * C + c), sum);
+      }
+      const T end = row_dot(next + f * VP, dS + f * VP, VP) + next[a.F * VP + f] * dz[f];
+      dchannels[f] += reduce_add<T>(sum) + T(s.n) * end;
+    }
   }
 
   // dG_i is the gradient of the running sum of g up to i; what crosses the chunk's end is the state's share.
@@ -302,6 +358,7 @@ static void backward_head(const BackwardArgs& args, int64_t n, int64_t hq) {
   T* states = memory.take<T>((chunks + 1) * state_size);
   int64_t* starts = memory.take<int64_t>(chunks + 1);
 
+  powers_of_head(sweep.channels, a, h, C);
   load_state(states, states + a.F * VP, VP, a, h);
   starts[0] = 0;
   for (int64_t x = 0; x < chunks; ++x) {
@@ -311,13 +368,17 @@ static void backward_head(const BackwardArgs& args, int64_t n, int64_t hq) {
     T* state = states + (x + 1) * state_size;
     __builtin_memcpy(state, state - state_size, size_t(state_size) * sizeof(T));
     sweep.pack_keys_of(s);
+    if (sweep.channels.any) {
+      advance_state(state, state + a.F * VP, VP, sweep.kf, sweep.v, sweep.channels, a, s);
+      continue;
+    }
     decay_of_chunk(sweep.decay, a, h, s, C);
     advance_state(state, state + a.F * VP, VP, sweep.kf, FP, sweep.v, a, s, sweep.decay);
   }
 
   // The end state is one per state head: its gradient belongs to the first of the query heads that share it.
   const bool owner = args.dS && hq % (a.HQ / a.HS) == 0;
-  for (int64_t f = 0; f < FP; ++f) sweep.dz[f] = T(0);
+  for (int64_t f = 0; f < FP; ++f) sweep.dz[f] = sweep.dchannels[f] = T(0);
   for (int64_t f = 0; f < a.F; ++f) {
     const int64_t at = (n * a.HS + h.hs) * a.F + f;
     for (int64_t x = 0; x < VP; x += L) {
@@ -332,6 +393,8 @@ static void backward_head(const BackwardArgs& args, int64_t n, int64_t hq) {
     dmix += sweep.chunk(s, states + x * state_size, states + (x + 1) * state_size);
   }
   if (args.dmix) static_cast<T*>(args.dmix)[n * a.HQ + hq] = dmix;
+  for (int64_t f = 0; args.dg && a.per_channel && f < a.F; ++f)
+    static_cast<T*>(args.dg)[(n * a.HQ + hq) * a.F + f] = sweep.dchannels[f];
   if (!args.dS0) return;
   T* dS0 = static_cast<T*>(args.dS0) + (n * a.HQ + hq) * a.F * a.V;
   store_rows<T>(dS0, a.V, sweep.dS, VP, a.F, a.V, T(1));

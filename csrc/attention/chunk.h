@@ -166,7 +166,7 @@ template <typename T>
 static void decay_of_chunk(Decay<T>& d, const Inputs& a, const Head& h, const Span& s, int64_t chunk) {
   constexpr int L = kLanes<T>;
   constexpr double forgotten = sizeof(T) == 8 ? -800 : -150;
-  d.any = a.g.data != nullptr;
+  d.any = a.g.data && !a.per_channel;
   d.whole = T(1);
   for (int64_t i = 0; i < chunk; ++i) d.from_start[i] = i < s.n ? T(1) : T(0);
   if (!d.any) return;
@@ -226,17 +226,27 @@ FW_INLINE Vec<T> lane_numbers() {
   return v;
 }
 
-// From scores s [nk, ld] and similarities a [nz, ld] of features: the weights w [nk, ld], zero where a query does not
-// see a key; the window's maximum m and the sum of the weights, per query. w may be s.
+// The scores of the sinks of the chunk's queries, or null. A sink is one more key of every window, of value zero.
 template <typename T>
-static void weigh(T* w, T* m, T* sum, const T* scores, const T* similarity, int64_t ld, T mix, const Inputs& a,
-                  const Span& s, const Windows<T>& win, const Decay<T>& decay) {
+static const T* sinks_of_chunk(T* dst, const Inputs& a, const Head& h, const Span& s) {
+  if (!a.sink.data) return nullptr;
+  const T* from = static_cast<const T*>(a.sink.data) + h.batch * a.sink.batch + (h.first + s.i0) * a.sink.token +
+                  h.hq * a.sink.head;
+  for (int64_t r = 0; r < round_up<T>(s.n); ++r) dst[r] = r < s.n ? from[r * a.sink.token] : T(0);
+  return dst;
+}
+
+// From scores s [nk, ld] and similarities a [nz, ld] of features: the weights w [nk, ld], zero where a query does not
+// see a key; the window's maximum m and the sum of the weights, the sink's included, per query. w may be s.
+template <typename T>
+static void weigh(T* w, T* m, T* sum, const T* scores, const T* similarity, const T* sink, int64_t ld, T mix,
+                  const Inputs& a, const Span& s, const Windows<T>& win, const Decay<T>& decay) {
   constexpr int L = kLanes<T>;
   const Vec<T> lowest = set1(T(-__builtin_inf()));
   for (int64_t c = 0; c < s.n; c += L) {
     const Vec<T> lo = load(win.lo + c), hi = load(win.hi + c), number = lane_numbers<T>() + set1(T(c));
     const int64_t first = int64_t(win.lo[c]), last = int64_t(win.hi[min64(c + L, s.n) - 1]);
-    Vec<T> top = lowest;
+    Vec<T> top = sink ? load(sink + c) : lowest;
     for (int64_t j = first; j < last; ++j) {
       const Vec<T> jj = set1(T(j));
       const auto visible = (jj >= lo) & (jj < hi);
@@ -244,7 +254,7 @@ static void weigh(T* w, T* m, T* sum, const T* scores, const T* similarity, int6
       top = max(top, visible ? x : lowest);
     }
     top = top == lowest ? zero<T>() : top;
-    Vec<T> total = {};
+    Vec<T> total = sink ? set1(mix) * exp(load(sink + c) - top) : zero<T>();
     for (int64_t j = 0; j < s.nk; ++j) {
       Vec<T> weight = {};
       if (first <= j && j < last) {
@@ -283,6 +293,16 @@ static void load_state(T* S, T* z, int64_t ldv, const Inputs& a, const Head& h) 
   }
 }
 
+// The zone kf [nz, ldf], decayed to the end of the chunk, joins the state.
+template <typename T>
+static void enter_state(T* S, T* z, int64_t ldv, const T* kf, int64_t ldf, const T* v, const Inputs& a, const Span& s) {
+  if (s.nz == 0) return;
+  gemm<T>(a.F, ldv, s.nz, kf, 1, ldf, v, ldv, S, ldv, true);
+  for (int64_t j = 0; j < s.nz; ++j) {
+    for (int64_t f = 0; f < a.F; ++f) z[f] += kf[j * ldf + f];
+  }
+}
+
 // S, z after the chunk: what was there decays, and the zone enters. kf [nz, ldf] is scaled in place by the decay from
 // each key's entry to the end of the chunk.
 template <typename T>
@@ -298,11 +318,7 @@ static void advance_state(T* S, T* z, int64_t ldv, T* kf, int64_t ldf, const T* 
     for (int64_t x = 0; x < a.F * ldv; x += L) store(S + x, load(S + x) * whole);
     for (int64_t f = 0; f < a.F; ++f) z[f] *= decay.whole;
   }
-  if (s.nz == 0) return;
-  gemm<T>(a.F, ldv, s.nz, kf, 1, ldf, v, ldv, S, ldv, true);
-  for (int64_t j = 0; j < s.nz; ++j) {
-    for (int64_t f = 0; f < a.F; ++f) z[f] += kf[j * ldf + f];
-  }
+  enter_state(S, z, ldv, kf, ldf, v, a, s);
 }
 
 }  // namespace fastweights::attention::FW_LEVEL

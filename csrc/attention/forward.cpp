@@ -1,4 +1,4 @@
-#include "attention/chunk.h"
+#include "attention/channels.h"
 
 namespace fastweights::attention::FW_LEVEL {
 
@@ -15,9 +15,14 @@ static void forward_segment(const ForwardArgs& args, int64_t n, int64_t hq, int6
   const int64_t KP = round_up<T>(a.K), VP = round_up<T>(a.V), FP = round_up<T>(a.F);
 
   const int64_t sizes[] = {C * max64(KP, FP), a.K * C, a.F * C, keys * KP, keys * VP, zone * FP, keys * C,
-                           zone * C,          C * C,   C * 4,   C * 2,     a.F * VP,  FP,        C * VP};
+                           zone * C,          C * C,   C * 4,   C * 3,     a.F * VP,  FP,        C * VP};
   size_t bytes = 0;
   for (int64_t size : sizes) bytes += Scratch::take_bytes<T>(size);
+  Channels<T> channels;
+  lay_out_channels(channels, a, C, zone, FP, [&](int64_t count) {
+    bytes += Scratch::take_bytes<T>(count);
+    return static_cast<T*>(nullptr);
+  });
   Scratch memory(bytes);
   const int64_t* size = sizes;
   T* rows = memory.take<T>(*size++);
@@ -37,12 +42,15 @@ static void forward_segment(const ForwardArgs& args, int64_t n, int64_t hq, int6
   Windows<T> windows;
   windows.lo = memory.take<T>(*size++);
   windows.hi = windows.lo + C;
+  T* const sinks = windows.hi + C;
   T* state = memory.take<T>(*size++);
   T* z = memory.take<T>(*size++);
   T* o = memory.take<T>(*size++);
+  lay_out_channels(channels, a, C, zone, FP, [&](int64_t count) { return memory.take<T>(count); });
 
   const T mix = a.mix ? static_cast<const T*>(a.mix)[hq] : T(1);
   load_state(state, z, VP, a, h);
+  powers_of_head(channels, a, h, C);
   for (int64_t i0 = begin; i0 < end;) {
     const Span s = span_at(a, h, i0, C, end);
     i0 += s.n;
@@ -56,11 +64,16 @@ static void forward_segment(const ForwardArgs& args, int64_t n, int64_t hq, int6
       pack_tokens<S>(rows, FP, a.F, a.qf, h, hq, s.i0, s.n);
       transpose(qft, C, rows, FP, s.n, a.F, T(1));
       pack_keys<S>(kf, FP, a.F, a.kf, a.kf_ring, a, h, h.hf, a.HF, s.j0, s.nz);
-      gemm<T>(s.nz, N, a.F, kf, FP, 1, qft, C, similarity, C, false);
+      if (channels.any) {
+        similarities(similarity, C, kf, qft, channels, a, s);
+        decay_queries(qft, qft, C, channels, a, s);
+      } else {
+        gemm<T>(s.nz, N, a.F, kf, FP, 1, qft, C, similarity, C, false);
+      }
     }
     decay_of_chunk(decay, a, h, s, C);
     windows_of_chunk(windows, a, h, s);
-    weigh(w, m, sum, w, similarity, C, mix, a, s, windows, decay);
+    weigh(w, m, sum, w, similarity, sinks_of_chunk(sinks, a, h, s), C, mix, a, s, windows, decay);
 
     if (a.F) {
       gemm<T>(s.n, VP, a.F, qft, 1, C, state, VP, o, VP, false);
@@ -75,7 +88,11 @@ static void forward_segment(const ForwardArgs& args, int64_t n, int64_t hq, int6
       }
     }
     gemm<T>(s.n, VP, s.nk, w, 1, C, v, VP, o, VP, a.F > 0);
-    if (a.F) advance_state(state, z, VP, kf, FP, v, a, s, decay);
+    if (channels.any) {
+      advance_state(state, z, VP, kf, v, channels, a, s);
+    } else if (a.F) {
+      advance_state(state, z, VP, kf, FP, v, a, s, decay);
+    }
 
     for (int64_t r = 0; r < s.n; ++r) {
       const int64_t row = (h.batch * a.length + h.first + s.i0 + r) * a.HQ + hq;

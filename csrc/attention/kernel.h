@@ -28,8 +28,10 @@ struct Inputs {
   const int64_t* bounds;  // packed: [sequences + 1], first token of each
   double scale;
   Rows q, k, v, qf, kf;
-  Rows g;           // compute [B, T, HG]; null data: no decay
-  const void* mix;  // compute [HQ]; null: 1
+  Rows g;            // compute [B, T, HG], or [HG, F] if per_channel; null data: no decay
+  bool per_channel;  // the decay is one of each feature, the same at every token
+  Rows sink;         // compute [B, T, HQ]; null data: none
+  const void* mix;   // compute [HQ]; null: 1
   // The past, all compute and contiguous; null position: none.
   const int64_t* position;  // [sequences]
   const void *k_ring, *v_ring, *kf_ring, *S0,
@@ -55,7 +57,8 @@ struct BackwardArgs {
   void *dq = nullptr, *dqf = nullptr;                 // element [B, T, HQ, ·]
   void *dk = nullptr, *dv = nullptr, *dkf = nullptr;  // compute [HQ, rows, padded D], zero on entry
   int64_t rows = 0, K_pad = 0, V_pad = 0, F_pad = 0;  // rows: those of the past included
-  void* dg = nullptr;                                 // compute [B, T, HQ], or null
+  void* dg = nullptr;     // compute [B, T, HQ], or [sequences, HQ, F] of a decay per channel, or null
+  void* dsink = nullptr;  // compute [B, T, HQ], or null
   void* dmix = nullptr;                               // compute [sequences, HQ], or null
   void *dS0 = nullptr, *dz0 = nullptr;                // compute [sequences, HQ, F, V] and [sequences, HQ, F], or null
 };
@@ -79,6 +82,8 @@ struct StepArgs {
   double scale = 0;
   Rows q{}, k{}, v{}, qf{}, kf{};                                 // element [B, H, D]
   Rows g{};                                                       // compute [B, HG], null data: no decay
+  bool per_channel = false;                                       // g is [HG, F] instead
+  Rows sink{};                                                    // compute [B, HQ], null data: none
   const void* mix = nullptr;                                      // compute [HQ]
   void *k_ring = nullptr, *v_ring = nullptr, *kf_ring = nullptr;  // compute [B, H, ring, D]
   void *S = nullptr, *z = nullptr;                                // compute [B, HS, F, V], [B, HS, F]

@@ -8,14 +8,14 @@
 namespace fastweights::attention {
 namespace {
 
-// The optional arguments: the decay, and the six tensors of the past, all or none.
+// The six tensors of the past, all or none.
 struct Past {
   const OptionalTensor &k, &v, &kf, &S, &z, &position;
 };
 
 Arguments read_hybrid(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf,
-                      const Tensor& kf, const Tensor& mix, const OptionalTensor& g, const Past& past,
-                      const OptionalTensor& cu_seqlens, int64_t window, bool terraced, double scale) {
+                      const Tensor& kf, const Tensor& mix, const OptionalTensor& g, const OptionalTensor& sink,
+                      const Past& past, const OptionalTensor& cu_seqlens, int64_t window, bool terraced, double scale) {
   Arguments a = read_softmax_part(op, q, k, v, cu_seqlens, window, scale);
   Inputs& in = a.in;
   in.layout = terraced ? Layout::terraced : Layout::sliding;
@@ -39,19 +39,27 @@ Arguments read_hybrid(const char* op, const Tensor& q, const Tensor& k, const Te
   in.mix = a.contiguous(mix);
   in.HS = in.HF;
   if (g) {
-    check(g->dim() == 1 || g->dim() == 3, op, "expected g of shape [HKV or HQ] or [B, T, HKV or HQ], got ",
-          shape_of(*g));
-    const int64_t heads = g->size(g->dim() - 1);
+    check(g->dim() >= 1 && g->dim() <= 3, op,
+          "expected g of shape [HKV or HQ], [HKV or HQ, F] or [B, T, HKV or HQ], got ", shape_of(*g));
+    in.per_channel = g->dim() == 2;
+    const int64_t heads = g->size(in.per_channel ? 0 : g->dim() - 1);
     check(heads == in.HKV || heads == in.HQ, op, "expected g with HKV = ", in.HKV, " or HQ = ", in.HQ, " heads, got ",
           heads);
     if (g->dim() == 3) check_shape(op, "g", *g, {a.B, a.T, heads}, "[B, T, HKV or HQ]", "q");
+    if (in.per_channel) check_shape(op, "g", *g, {heads, in.F}, "[HKV or HQ, F]", "qf");
     check_dtype(op, "g", *g, a.compute(), "");
     check_cpu(op, "g", *g);
     in.HS = std::max(in.HF, heads);
     a.held.push_back(torch::stable::contiguous(*g));
     const int64_t token = g->dim() == 3 ? heads : 0;
-    in.g = {a.held.back().const_data_ptr(), token * a.T, token, 1};
+    in.g = {a.held.back().const_data_ptr(), token * a.T, token, in.per_channel ? in.F : 1};
     in.HG = heads;
+  }
+  if (sink) {
+    check_shape(op, "sink", *sink, {a.B, a.T, in.HQ}, "[B, T, HQ]", "q");
+    check_dtype(op, "sink", *sink, a.compute(), "");
+    check_cpu(op, "sink", *sink);
+    in.sink = {a.contiguous(*sink), in.HQ * a.T, in.HQ, 1};
   }
   const bool some = past.k || past.v || past.kf || past.S || past.z || past.position;
   if (!some) {
@@ -90,12 +98,13 @@ Arguments read_hybrid(const char* op, const Tensor& q, const Tensor& k, const Te
 
 std::tuple<Tensor, Tensor, Tensor> hybrid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf,
                                                     const Tensor& kf, const Tensor& mix, const OptionalTensor& g,
-                                                    const OptionalTensor& k_ring, const OptionalTensor& v_ring,
-                                                    const OptionalTensor& kf_ring, const OptionalTensor& S0,
-                                                    const OptionalTensor& z0, const OptionalTensor& position,
-                                                    const OptionalTensor& cu_seqlens, int64_t window, bool terraced,
-                                                    double scale, bool output_final_state) {
-  Arguments a = read_hybrid("hybrid_attention", q, k, v, qf, kf, mix, g, {k_ring, v_ring, kf_ring, S0, z0, position},
+                                                    const OptionalTensor& sink, const OptionalTensor& k_ring,
+                                                    const OptionalTensor& v_ring, const OptionalTensor& kf_ring,
+                                                    const OptionalTensor& S0, const OptionalTensor& z0,
+                                                    const OptionalTensor& position, const OptionalTensor& cu_seqlens,
+                                                    int64_t window, bool terraced, double scale,
+                                                    bool output_final_state) {
+  Arguments a = read_hybrid("hybrid_attention", q, k, v, qf, kf, mix, g, sink, {k_ring, v_ring, kf_ring, S0, z0, position},
                             cu_seqlens, window, terraced, scale);
   const Inputs& in = a.in;
   Tensor o = a.make({a.B, a.T, in.HQ, in.V}, q.scalar_type());
@@ -112,17 +121,18 @@ std::tuple<Tensor, Tensor, Tensor> hybrid_attention(const Tensor& q, const Tenso
   return {o, S, z};
 }
 
-using Twelve =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Thirteen =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Twelve hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& grad_S, const OptionalTensor& grad_z,
+Thirteen hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& grad_S, const OptionalTensor& grad_z,
                                  const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf, const Tensor& kf,
-                                 const Tensor& mix, const OptionalTensor& g, const OptionalTensor& k_ring,
-                                 const OptionalTensor& v_ring, const OptionalTensor& kf_ring, const OptionalTensor& S0,
-                                 const OptionalTensor& z0, const OptionalTensor& position,
-                                 const OptionalTensor& cu_seqlens, int64_t window, bool terraced, double scale) {
+                                 const Tensor& mix, const OptionalTensor& g, const OptionalTensor& sink,
+                                 const OptionalTensor& k_ring, const OptionalTensor& v_ring,
+                                 const OptionalTensor& kf_ring, const OptionalTensor& S0, const OptionalTensor& z0,
+                                 const OptionalTensor& position, const OptionalTensor& cu_seqlens, int64_t window,
+                                 bool terraced, double scale) {
   const char* op = "hybrid_attention_backward";
-  Arguments a = read_hybrid(op, q, k, v, qf, kf, mix, g, {k_ring, v_ring, kf_ring, S0, z0, position}, cu_seqlens,
+  Arguments a = read_hybrid(op, q, k, v, qf, kf, mix, g, sink, {k_ring, v_ring, kf_ring, S0, z0, position}, cu_seqlens,
                             window, terraced, scale);
   const Inputs& in = a.in;
   const int64_t N = in.sequences, group = in.HQ / in.HS;
@@ -140,12 +150,16 @@ Twelve hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& gra
     args.dz = a.contiguous(*grad_z);
   }
   Tensor dmix = a.make({N, in.HQ}, a.compute());
-  Tensor dg = g ? a.make({a.B, a.T, in.HQ}, a.compute()) : a.absent();
+  Tensor dg = !g               ? a.absent()
+              : in.per_channel ? a.make({N, in.HQ, in.F}, a.compute())
+                               : a.make({a.B, a.T, in.HQ}, a.compute());
+  Tensor dsink = sink ? a.make({a.B, a.T, in.HQ}, a.compute()) : a.absent();
   const bool past = in.position != nullptr;
   Tensor dS0 = past ? a.make({N, in.HQ, in.F, in.V}, a.compute()) : a.absent();
   Tensor dz0 = past ? a.make({N, in.HQ, in.F}, a.compute()) : a.absent();
   args.dmix = dmix.mutable_data_ptr();
   args.dg = g ? dg.mutable_data_ptr() : nullptr;
+  args.dsink = sink ? dsink.mutable_data_ptr() : nullptr;
   args.dS0 = past ? dS0.mutable_data_ptr() : nullptr;
   args.dz0 = past ? dz0.mutable_data_ptr() : nullptr;
   gradients.run();
@@ -155,8 +169,10 @@ Twelve hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& gra
   Tensor dk0 = a.absent(), dv0 = a.absent(), dkf0 = a.absent();
   Tensor dk = gradients.dk(past ? &dk0 : nullptr), dv = gradients.dv(past ? &dv0 : nullptr),
          dkf = gradients.dkf(past ? &dkf0 : nullptr);
-  if (g) {
-    const int64_t heads = g->size(g->dim() - 1);
+  if (in.per_channel) {
+    dg = sum(view(dg, {N, in.HG, in.HQ / in.HG, in.F}), std::vector<int64_t>{0, 2});
+  } else if (g) {
+    const int64_t heads = in.HG;
     const std::vector<int64_t> groups = {a.B, a.T, heads, in.HQ / heads};
     const std::vector<int64_t> over = g->dim() == 3 ? std::vector<int64_t>{3} : std::vector<int64_t>{0, 1, 3};
     dg = sum(view(dg, groups), over);
@@ -165,22 +181,22 @@ Twelve hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& gra
     dS0 = sum(view(dS0, {N, in.HS, group, in.F, in.V}), {{2}});
     dz0 = sum(view(dz0, {N, in.HS, group, in.F}), {{2}});
   }
-  return {gradients.dq, dk, dv, gradients.dqf, dkf, sum(dmix, {{0}}), dg, dk0, dv0, dkf0, dS0, dz0};
+  return {gradients.dq, dk, dv, gradients.dqf, dkf, sum(dmix, {{0}}), dg, dsink, dk0, dv0, dkf0, dS0, dz0};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def(
-      "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor qf, Tensor kf, Tensor mix, Tensor? g, Tensor? k_ring, "
-      "Tensor? v_ring, Tensor? kf_ring, Tensor? S0, Tensor? z0, Tensor? position, Tensor? cu_seqlens, *, int window, "
-      "bool terraced, float scale, bool output_final_state) -> (Tensor o, Tensor S, Tensor z)");
+      "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor qf, Tensor kf, Tensor mix, Tensor? g, Tensor? sink, "
+      "Tensor? k_ring, Tensor? v_ring, Tensor? kf_ring, Tensor? S0, Tensor? z0, Tensor? position, Tensor? cu_seqlens, *, "
+      "int window, bool terraced, float scale, bool output_final_state) -> (Tensor o, Tensor S, Tensor z)");
   m.def(
       "hybrid_attention_backward(Tensor grad_o, Tensor? grad_S, Tensor? grad_z, Tensor q, Tensor k, Tensor v, "
-      "Tensor qf, Tensor kf, Tensor mix, Tensor? g, Tensor? k_ring, Tensor? v_ring, Tensor? kf_ring, Tensor? S0, "
-      "Tensor? z0, Tensor? position, Tensor? cu_seqlens, *, int window, bool terraced, float scale) -> "
-      "(Tensor dq, Tensor dk, Tensor dv, Tensor dqf, Tensor dkf, Tensor dmix, Tensor dg, Tensor dk_ring, "
-      "Tensor dv_ring, Tensor dkf_ring, Tensor dS0, Tensor dz0)");
+      "Tensor qf, Tensor kf, Tensor mix, Tensor? g, Tensor? sink, Tensor? k_ring, Tensor? v_ring, Tensor? kf_ring, "
+      "Tensor? S0, Tensor? z0, Tensor? position, Tensor? cu_seqlens, *, int window, bool terraced, float scale) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dqf, Tensor dkf, Tensor dmix, Tensor dg, Tensor dsink, "
+      "Tensor dk_ring, Tensor dv_ring, Tensor dkf_ring, Tensor dS0, Tensor dz0)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {

@@ -24,8 +24,9 @@ void* state_data(const char* name, const Tensor& t, std::initializer_list<int64_
 }
 
 Tensor hybrid_attention_step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& qf_, const Tensor& kf_,
-                             const Tensor& mix_, const OptionalTensor& g_, Tensor k_ring, Tensor v_ring, Tensor kf_ring,
-                             Tensor S, Tensor z, Tensor position, int64_t window, double scale) {
+                             const Tensor& mix_, const OptionalTensor& g_, const OptionalTensor& sink_, Tensor k_ring,
+                             Tensor v_ring, Tensor kf_ring, Tensor S, Tensor z, Tensor position, int64_t window,
+                             double scale) {
   check_rank(kOp, "q", q_, 3, "[B, HQ, K]");
   check_rank(kOp, "k", k_, 3, "[B, HKV, K]");
   check_rank(kOp, "v", v_, 3, "[B, HKV, V]");
@@ -37,6 +38,7 @@ Tensor hybrid_attention_step(const Tensor& q_, const Tensor& k_, const Tensor& v
   const Tensor q = with_contiguous_last(q_), k = with_contiguous_last(k_), v = with_contiguous_last(v_),
                qf = with_contiguous_last(qf_), kf = with_contiguous_last(kf_), mix = torch::stable::contiguous(mix_);
   const Tensor g = g_ ? torch::stable::contiguous(*g_) : mix;
+  const Tensor sink = sink_ ? torch::stable::contiguous(*sink_) : mix;
   StepArgs a;
   a.element = element_of(q.scalar_type());
   const ScalarType compute = state_dtype(q.scalar_type());
@@ -70,15 +72,24 @@ Tensor hybrid_attention_step(const Tensor& q_, const Tensor& k_, const Tensor& v
   a.HS = a.HF;
   if (g_) {
     const int64_t rank = g.dim();
-    if (rank != 1 && rank != 2) fail(kOp, "expected g of shape [HKV or HQ] or [B, HKV or HQ], got ", shape_of(g));
-    a.HG = g.size(rank - 1);
+    if (rank < 1 || rank > 3)
+      fail(kOp, "expected g of shape [HKV or HQ], [B, HKV or HQ] or [1, HKV or HQ, F], got ", shape_of(g));
+    a.per_channel = rank == 3;
+    a.HG = g.size(a.per_channel ? 1 : rank - 1);
     if (a.HG != a.HKV && a.HG != a.HQ)
       fail(kOp, "expected g with HKV = ", a.HKV, " or HQ = ", a.HQ, " heads, got ", a.HG);
     if (rank == 2) check_shape(kOp, "g", g, {B, a.HG}, "[B, HKV or HQ]", "q");
+    if (a.per_channel) check_shape(kOp, "g", g, {1, a.HG, a.F}, "[1, HKV or HQ, F]", "qf");
     check_dtype(kOp, "g", g, compute, "");
     check_cpu(kOp, "g", g);
     a.HS = std::max(a.HF, a.HG);
-    a.g = {g.const_data_ptr(), rank == 2 ? a.HG : 0, 0, 1};
+    a.g = {g.const_data_ptr(), rank == 2 ? a.HG : 0, 0, a.per_channel ? a.F : 1};
+  }
+  if (sink_) {
+    check_shape(kOp, "sink", sink, {B, a.HQ}, "[B, HQ]", "q");
+    check_dtype(kOp, "sink", sink, compute, "");
+    check_cpu(kOp, "sink", sink);
+    a.sink = {sink.const_data_ptr(), a.HQ, 0, 1};
   }
   a.k_ring = state_data("state.k", k_ring, {B, a.HKV, a.ring, a.K}, "[B, HKV, R, K]", compute);
   a.v_ring = state_data("state.v", v_ring, {B, a.HKV, a.ring, a.V}, "[B, HKV, R, V]", compute);
@@ -107,7 +118,7 @@ Tensor hybrid_attention_step(const Tensor& q_, const Tensor& k_, const Tensor& v
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def(
-      "hybrid_attention_step(Tensor q, Tensor k, Tensor v, Tensor qf, Tensor kf, Tensor mix, Tensor? g, "
+      "hybrid_attention_step(Tensor q, Tensor k, Tensor v, Tensor qf, Tensor kf, Tensor mix, Tensor? g, Tensor? sink, "
       "Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) kf_ring, Tensor(d!) S, Tensor(e!) z, Tensor(f!) position, *, "
       "int window, float scale) -> Tensor");
 }

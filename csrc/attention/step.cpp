@@ -57,6 +57,7 @@ template <typename T>
 struct Token {
   T *q, *k, *v, *qf, *scores, *linear;  // linear [group, whole vectors of V]
   T* den;                               // [group]
+  T* decay;                             // [whole vectors of F]
 };
 
 template <typename S>
@@ -74,7 +75,7 @@ static void widen_row(Compute<S>* dst, const S* src, int64_t n) {
 
 // Columns [at, at + NV vectors) of the state: decay, take in what leaves the window, read out for each query head.
 template <typename T, int NV>
-static void sweep_state(const StepArgs& a, T* S, int64_t at, int64_t part, T decay, const Slots& leaving, const T* kf,
+static void sweep_state(const StepArgs& a, T* S, int64_t at, int64_t part, const Slots& leaving, const T* kf,
                         const T* v, const Token<T>& t, int64_t group) {
   using C = Columns<T, NV>;
   const int64_t qf_stride = whole_vectors<T>(a.F), linear_stride = whole_vectors<T>(a.V);
@@ -86,7 +87,7 @@ static void sweep_state(const StepArgs& a, T* S, int64_t at, int64_t part, T dec
       C c = C::read(row, part);
       if (x == 0) {
         FW_UNROLL
-        for (int i = 0; i < NV; ++i) c.x[i] *= set1(decay);
+        for (int i = 0; i < NV; ++i) c.x[i] *= set1(t.decay[f]);
         for (int64_t j = 0; j < leaving.count; ++j) {
           const int64_t slot = Slots::at(leaving, j);
           C::add(c, kf[slot * a.F + f], C::read(v + slot * a.V + at, part));
@@ -171,16 +172,20 @@ static void step_head(const StepArgs& a, int64_t b, int64_t hs, const Token<Comp
   }
   window.first = (position - window.count) % a.ring;
 
-  const T decay = a.g.data ? exp(row_of<T>(a.g, b, first / (a.HQ / a.HG))[0]) : T(1);
+  const T* g = a.g.data ? row_of<T>(a.g, b, first / (a.HQ / a.HG)) : nullptr;
+  for (int64_t f = 0; f < a.F; f += L) {
+    const int64_t n = smaller(L, a.F - f);
+    store(t.decay + f, g ? exp(a.per_channel ? load_as(g + f, n) : set1(g[0])) : set1(T(1)));
+  }
   for (int64_t x = 0; x < group; ++x) widen_row(t.qf + x * qf_stride, row_of<S>(a.qf, b, first + x), a.F);
   for (int64_t f = 0; f < a.F; ++f) {
-    T sum = decay * z[f];
+    T sum = t.decay[f] * z[f];
     for (int64_t j = 0; j < leaving.count; ++j) sum += kf_ring[Slots::at(leaving, j) * a.F + f];
     z[f] = sum;
   }
   for (int64_t x = 0; x < group; ++x) t.den[x] = dot(t.qf + x * qf_stride, z, a.F);
   for_columns<T>(a.V, [&]<int NV>(int64_t at, int64_t part) {
-    sweep_state<T, NV>(a, state, at, part, decay, leaving, kf_ring, v_ring, t, group);
+    sweep_state<T, NV>(a, state, at, part, leaving, kf_ring, v_ring, t, group);
   });
 
   widen_row(t.k, row_of<S>(a.k, b, hkv), a.K);
@@ -196,8 +201,10 @@ static void step_head(const StepArgs& a, int64_t b, int64_t hs, const Token<Comp
       t.scores[j] = score;
       top = score > top ? score : top;
     }
+    const T* sink = a.sink.data ? row_of<T>(a.sink, b, hq) : nullptr;
+    top = sink && *sink > top ? *sink : top;
     const T mix = static_cast<const T*>(a.mix)[hq];
-    T den = t.den[x];
+    T den = sink ? t.den[x] + mix * exp(set1(*sink - top))[0] : t.den[x];
     for (int64_t j = 0; j < seen; j += L) {
       const Vec<T> w = set1(mix) * exp(load(t.scores + j) - set1(top));
       store(t.scores + j, w);
@@ -216,13 +223,13 @@ static void step_tasks(const StepArgs& a, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const int64_t group = a.HQ / a.HS;
   const int64_t sizes[] = {
-      a.K + L, a.K + L, a.V + L, group * whole_vectors<T>(a.F), a.ring + 2 * L, group * whole_vectors<T>(a.V), group};
+      a.K + L, a.K + L, a.V + L, group * whole_vectors<T>(a.F), a.ring + 2 * L, group * whole_vectors<T>(a.V), group, a.F + L};
   size_t bytes = 0;
   for (int64_t size : sizes) bytes += Scratch::take_bytes<T>(size);
   Scratch memory(bytes);
   Token<T> t;
-  T** parts[] = {&t.q, &t.k, &t.v, &t.qf, &t.scores, &t.linear, &t.den};
-  for (int i = 0; i < 7; ++i) *parts[i] = memory.take<T>(sizes[i]);
+  T** parts[] = {&t.q, &t.k, &t.v, &t.qf, &t.scores, &t.linear, &t.den, &t.decay};
+  for (int i = 0; i < 8; ++i) *parts[i] = memory.take<T>(sizes[i]);
   // exp reads whole vectors of scores
   for (int64_t i = 0; i < a.ring + 2 * L; ++i) t.scores[i] = T(0);
   for (int64_t task = begin; task < end; ++task) step_head<S>(a, task / a.HS, task % a.HS, t);

@@ -15,7 +15,13 @@ from fastweights.ops._common import (
     refuse_gradients,
 )
 from fastweights.ops.attention import reference
-from fastweights.ops.attention.state import HybridState, Layout, state_after, state_dtype
+from fastweights.ops.attention.state import (
+    HybridState,
+    Layout,
+    per_channel,
+    state_after,
+    state_dtype,
+)
 
 
 def window_attention(
@@ -130,14 +136,17 @@ def hybrid_attention(
 ) -> tuple[Tensor, HybridState | None]:
     """Softmax over a window and linear attention over everything before it, in one normaliser.
 
-    LoLCATs (2024) with an optional decay. With `s_ij = scale · q_i · k_j` and `m_i` its maximum
-    over the window W_i, `o_i = N_i / D_i`, where
+    LoLCATs (2024) with an optional decay and sink. With `s_ij = scale · q_i · k_j` and `m_i` its
+    maximum over the window W_i and the sink, `o_i = N_i / D_i`, where
 
-        N_i = mix · Σ_{j in W_i} exp(s_ij − m_i) v_j  +  Σ_{j before W_i} d_ij (qf_i · kf_j) v_j
+        a_ij = Σ_f d_ijf qf_if kf_jf
+        N_i = mix · Σ_{j in W_i} exp(s_ij − m_i) v_j  +  Σ_{j before W_i} a_ij v_j
+        D_i = mix · (exp(sink_i − m_i) + Σ_{j in W_i} exp(s_ij − m_i))  +  Σ_{j before W_i} a_ij
 
-    and D_i is the same without v. `m_i` is subtracted in the softmax part only, so it changes the
-    balance of the two, and gradients flow through it. `d_ij` decays a key from the moment it leaves
-    the window, at query l(j): `d_ij = exp(Σ_{l(j) < t <= i} g_t)`.
+    The sink is the score of one more key of the window, whose value is zero; without it its term is
+    missing. `m_i` is subtracted in the softmax part only, so it changes the balance of the two, and
+    gradients flow through it. `d_ijf` decays a key from the moment it leaves the window, at query
+    l(j): `d_ijf = exp(Σ_{l(j) < t <= i} g_tf)`, where most g are the same for every f or every t.
 
     Layouts. "sliding": W_i holds the `window` latest keys, l(j) = j + window. "terraced": positions
     are cut in blocks of `window` from the start of the sequence; W_i is the block of i up to i and
@@ -154,13 +163,13 @@ def hybrid_attention(
         mix: `[HQ]`, the weight of the softmax part: a gate in (0, 1], already squashed. As it goes
             to 0, rows with a linear part become linear attention over it.
         g: natural-log decays `<= 0`: None, `[HKV or HQ]` (the same at every token),
-            `[HKV or HQ, F]` (the same at every token, for every feature) or `[B, T, HKV or HQ]`.
-            −inf forgets everything that left the window before.
+            `[HKV or HQ, F]` (one per channel of the features, the same at every token) or
+            `[B, T, HKV or HQ]`. −inf forgets everything that left the window before.
         window: number of keys, at least 1.
         layout: "sliding" or "terraced".
         scale: factor of the scores; None is K^-0.5.
         sink: `[B, T, HQ]`, the score of one more key of the window, whose value is zero: where
-            attention goes that no key deserves. It takes part in the maximum. None is no such key.
+            attention goes that no key deserves. None is no such key.
         initial_state: continue from this state instead of an empty past.
         output_final_state: also return the state after the last token.
         cu_seqlens: int32 or int64 `[N + 1]`, ascending from 0 to T: packed sequences; needs B = 1.
@@ -189,8 +198,7 @@ def hybrid_attention(
         )
     past = (None,) * 6 if initial_state is None else initial_state.tensors()
     refuse_forward_ad("hybrid_attention", q, k, v, qf, kf, mix, g, sink, *past)
-    per_feature = g is not None and g.dim() == 2
-    if sink is not None or per_feature or needs_reference(q, k, v, qf, kf, mix, g):
+    if needs_reference(q, k, v, qf, kf, mix, g, sink):
         return reference.hybrid_attention(
             q, k, v, qf, kf, mix, g, window=window, layout=layout, scale=scale, sink=sink,
             initial_state=initial_state, output_final_state=output_final_state,
@@ -198,7 +206,8 @@ def hybrid_attention(
         )  # fmt: skip
     dtype = state_dtype(q.dtype)
     o, S, z = torch.ops.fastweights.hybrid_attention(
-        q, k, v, qf, kf, mix.to(dtype), None if g is None else g.to(dtype), *past, cu_seqlens,
+        q, k, v, qf, kf, mix.to(dtype), None if g is None else g.to(dtype),
+        None if sink is None else sink.to(dtype), *past, cu_seqlens,
         window=window, terraced=layout == "terraced",
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         output_final_state=output_final_state,
@@ -206,6 +215,12 @@ def hybrid_attention(
     if not output_final_state:
         return o, None
     return o, state_after(k, v, kf, S, z, initial_state, window, layout, cu_seqlens)
+
+
+def _state_heads(kf: Tensor, g: Tensor | None) -> int:
+    if g is None:
+        return kf.shape[2]
+    return max(kf.shape[2], g.shape[0] if g.dim() == 2 else g.shape[-1])
 
 
 def _hybrid_fake(
@@ -216,6 +231,7 @@ def _hybrid_fake(
     kf: Tensor,
     mix: Tensor,
     g: Tensor | None,
+    sink: Tensor | None,
     k_ring: Tensor | None,
     v_ring: Tensor | None,
     kf_ring: Tensor | None,
@@ -230,7 +246,7 @@ def _hybrid_fake(
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     if not output_final_state:
         return o, mix.new_empty(0), mix.new_empty(0)
-    heads = kf.shape[2] if g is None else max(kf.shape[2], g.shape[-1])
+    heads = _state_heads(kf, g)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     features = qf.shape[-1]
     S = mix.new_empty(rows, heads, features, v.shape[-1])
@@ -248,6 +264,7 @@ def _hybrid_backward_fake(
     kf: Tensor,
     mix: Tensor,
     g: Tensor | None,
+    sink: Tensor | None,
     k_ring: Tensor | None,
     v_ring: Tensor | None,
     kf_ring: Tensor | None,
@@ -259,7 +276,8 @@ def _hybrid_backward_fake(
     def like(x: Tensor | None) -> Tensor:
         return mix.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    return tuple(like(x) for x in (q, k, v, qf, kf, mix, g, k_ring, v_ring, kf_ring, S0, z0))
+    past = (k_ring, v_ring, kf_ring, S0, z0)
+    return tuple(like(x) for x in (q, k, v, qf, kf, mix, g, sink, *past))
 
 
 def _hybrid_setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
@@ -271,12 +289,12 @@ def _hybrid_setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) 
 def _hybrid_backward(
     ctx: Any, grad_o: Tensor | None, grad_S: Tensor | None, grad_z: Tensor | None
 ) -> Any:
-    q, k, v, qf, kf, mix, g, *past, position, cu_seqlens = ctx.saved_tensors
+    q, k, v, qf, kf, mix, g, sink, *past, position, cu_seqlens = ctx.saved_tensors
     options = dict(ctx.options)
     if not options.pop("output_final_state"):
         grad_S = grad_z = None
     elif grad_S is not None or grad_z is not None:
-        heads = kf.shape[2] if g is None else max(kf.shape[2], g.shape[-1])
+        heads = _state_heads(kf, g)
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (rows, heads, qf.shape[-1], v.shape[-1])
         grad_S = mix.new_zeros(shape) if grad_S is None else grad_S
@@ -284,9 +302,10 @@ def _hybrid_backward(
     if grad_o is None:
         grad_o = q.new_zeros(*q.shape[:3], v.shape[-1])
     grads = torch.ops.fastweights.hybrid_attention_backward(
-        grad_o, grad_S, grad_z, q, k, v, qf, kf, mix, g, *past, position, cu_seqlens, **options
-    )
-    inputs = (q, k, v, qf, kf, mix, g, *past)
+        grad_o, grad_S, grad_z, q, k, v, qf, kf, mix, g, sink, *past, position, cu_seqlens,
+        **options,
+    )  # fmt: skip
+    inputs = (q, k, v, qf, kf, mix, g, sink, *past)
     wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
     return *wanted, None, None
 
@@ -326,7 +345,8 @@ def hybrid_attention_step(
         qf: `[B, HQ, F]`.
         kf: `[B, HKV or HQ, F]`.
         mix: `[HQ]`.
-        g: None, `[HKV or HQ]`, `[HKV or HQ, F]` or `[B, HKV or HQ]`.
+        g: None, `[HKV or HQ]`, `[HKV or HQ, F]` or `[B, HKV or HQ]`; a shape that fits both of the
+            latter is per channel.
         state: from `hybrid_attention(..., output_final_state=True)` or `HybridState.zeros`.
         window: number of keys.
         scale: factor of the scores; None is K^-0.5.
@@ -339,14 +359,16 @@ def hybrid_attention_step(
         RuntimeError: shapes or dtypes that do not fit, or an input that requires a gradient.
     """
     refuse_forward_ad("hybrid_attention_step", q, k, v, qf, kf, mix, g, sink, *state.tensors())
-    per_feature = g is not None and g.shape == state.z.shape[1:]
-    if sink is not None or per_feature or needs_reference(q, k, v, qf, kf, mix, g):
+    if needs_reference(q, k, v, qf, kf, mix, g, sink):
         return reference.hybrid_attention_step(
             q, k, v, qf, kf, mix, g, state=state, window=window, scale=scale, sink=sink
         )
     dtype = state_dtype(q.dtype)
+    if g is not None and g.dim() == 2 and per_channel(g, k, qf):
+        g = g[None]
     return torch.ops.fastweights.hybrid_attention_step(  # type: ignore[no-any-return]
-        q, k, v, qf, kf, mix.to(dtype), None if g is None else g.to(dtype), *state.tensors(),
+        q, k, v, qf, kf, mix.to(dtype), None if g is None else g.to(dtype),
+        None if sink is None else sink.to(dtype), *state.tensors(),
         window=window, scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
 

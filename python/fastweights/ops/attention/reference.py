@@ -10,6 +10,7 @@ from fastweights.ops.attention.state import (
     Layout,
     first_in_window,
     leaves_at,
+    per_channel,
     ring_size,
     state_after,
     state_dtype,
@@ -126,7 +127,7 @@ def hybrid_attention_step(
     sink: Tensor | None = None,
 ) -> Tensor:
     """`hybrid_attention` on a sequence of one token, the state updated in place."""
-    if g is not None and g.dim() == 2 and g.shape != state.z.shape[1:]:
+    if g is not None and g.dim() == 2 and not per_channel(g, k, qf):
         g = g[:, None]
     o, new = hybrid_attention(
         q[:, None], k[:, None], v[:, None], qf[:, None], kf[:, None], mix, g,
@@ -166,35 +167,39 @@ def _hybrid_sequence(
     in_linear = (start <= left) & (left <= i[:, None])  # keys that had left before `start` are in S
     in_state = (start <= left) & (left < start + length)
 
-    entry = (left - start + 1).clamp(0, length)
-    if g is None or g.dim() == 2:
-        # decay[h, a, b] = exp(Σ_{b <= s < a} g_s): query i reads a = i - start + 1, key j enters at
-        # b = left_j - start + 1, the initial state at b = 0.
-        sums = q.new_zeros(1, length + 1, length + 1) if g is None else _segment_sums(g)
-        decay = _per_query_head(sums.exp(), S.shape[0], 0)[..., None]  # [HS, T + 1, T + 1, 1]
+    # decay[h, a, b] = exp(Σ_{b <= s < a} g_s): query i reads a = i - start + 1, key j enters at
+    # b = left_j - start + 1, the initial state at b = 0.
+    if g is None:
+        segments = q.new_zeros(1, length + 1, length + 1, 1)
+    elif g.dim() == 2:
+        segments = _segment_sums(g)[..., None]
     else:
         steps = torch.arange(length + 1, device=q.device)
-        steps = (steps[:, None] - steps).clamp(min=0)
-        decay = (steps[..., None] * g[0][:, None, None]).exp()  # [HS, T + 1, T + 1, F]
+        steps = (steps[:, None] - steps)[..., None]
+        segments = torch.where(steps > 0, steps * g.transpose(0, 1)[:, None], 0)
+    decay = _per_query_head(segments.exp(), S.shape[0], 0)  # [HS, T + 1, T + 1, F or 1]
+    entry = (left - start + 1).clamp(0, length)
+    pair_decay = _per_query_head(decay, heads, 0)[:, 1:, entry]  # [HQ, T, P + T, F or 1]
+
     scores = scale * torch.einsum("ihk,jhk->hij", q, _per_query_head(k, heads))
     scores = scores.masked_fill(~in_window, -torch.inf)
     if sink is not None:  # one more key of the window, whose value is zero
         scores = torch.cat((scores, sink.T[..., None]), -1)
     m = scores.amax(-1, keepdim=True)
     softmax_part = mix[:, None, None] * (scores - m).exp()
-    sink_part = softmax_part[..., len(j) :].sum(-1)
-    pairs = _per_query_head(decay, heads, 0)[:, 1:, entry]  # [HQ, T, P + T, F or 1]
-    similarity = torch.einsum(
-        "ihf,jhf,hijf->hij", qf, _per_query_head(kf, heads), pairs.expand(-1, -1, -1, qf.shape[-1])
-    )
+    if pair_decay.shape[-1] == 1:
+        similarity = torch.einsum("ihf,jhf->hij", qf, _per_query_head(kf, heads))
+        similarity = similarity * pair_decay[..., 0]
+    else:
+        similarity = torch.einsum("ihf,jhf,hijf->hij", qf, _per_query_head(kf, heads), pair_decay)
     weights = softmax_part[..., : len(j)] + torch.where(in_linear, similarity, 0)
+    sink_part = softmax_part[..., len(j) :].sum(-1)
     from_state = qf * _per_query_head(decay[:, 1:, 0], heads, 0).transpose(0, 1)  # [T, HQ, F]
 
     num = torch.einsum("hij,jhv->ihv", weights, _per_query_head(v, heads))
     num = num + torch.einsum("ihf,hfv->ihv", from_state, _per_query_head(S, heads, 0))
-    den = (weights.sum(-1) + sink_part).T + torch.einsum(
-        "ihf,hf->ih", from_state, _per_query_head(z, heads, 0)
-    )
+    den = (weights.sum(-1) + sink_part).T
+    den = den + torch.einsum("ihf,hf->ih", from_state, _per_query_head(z, heads, 0))
 
     kf, v = (_per_query_head(x, S.shape[0]) for x in (kf, v))
     kept = torch.where(in_state[:, None], decay[:, length, entry], 0).transpose(0, 1) * kf

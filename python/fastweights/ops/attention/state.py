@@ -79,6 +79,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def per_channel(g: Tensor, k: Tensor, qf: Tensor) -> bool:
+    """Whether a two-dimensional `g` of a step is `[HKV or HQ, F]` and not `[B, HKV or HQ]`."""
+    return g.shape[1] == qf.shape[-1] and g.shape[0] in (k.shape[1], qf.shape[1])
+
+
 def ring_size(window: int, layout: Layout) -> int:
     """Slots of the rings: the most tokens that a window holds."""
     return 2 * window if layout == "terraced" else window
