@@ -1,0 +1,45 @@
+"""`fastweights quantize`: store the linear layers of a model in few bits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastweights._cli.terminal import existing, output_folder, say
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    p = commands.add_parser(
+        "quantize",
+        help="store a model's linear layers in 4 or 8 bits",
+        description="Quantize the linear layers of a model, the output layer included, and write it as a new folder.",
+    )
+    p.add_argument("model", metavar="DIR", help="a model folder, as `linearize` writes it, or a .gguf file")
+    p.add_argument("--format", choices=("int4", "int8"), default="int4", help="of the weights (default: int4)")
+    p.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale (default: the format's, 64)")
+    p.add_argument("--out", metavar="DIR", required=True, help="folder for the new model")
+    p.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does it."""
+    source = existing(options.model, "a model folder")
+    folder = output_folder(options.out)
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"expected --out to be another folder than {source}")
+
+    import fastweights as fw
+
+    say(f"loading {source}")
+    model, tokenizer = fw.load(source)
+    fw.quantize_(model, options.format, group_size=options.group_size)
+    fw.save(model, tokenizer, folder)
+    say(f"wrote {folder}: {_megabytes(source):.0f} MB to {_megabytes(folder):.0f} MB")
+    return 0
+
+
+def _megabytes(path: Path) -> float:
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    return sum(f.stat().st_size for f in files) / 1e6
