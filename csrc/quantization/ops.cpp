@@ -2,46 +2,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
-
 #include "core/cpu_level.h"
 #include "core/parallel.h"
+#include "quantization/ops_activations.h"
 #include "quantization/ops_weight.h"
 
 namespace fastweights::quantization {
 namespace {
-
-// The packed activations of one call and the memory behind them.
-class PackedActivations {
- public:
-  PackedActivations(bool quantized, bool wide, int64_t M, const Weight& w) {
-    const int64_t Kp = w.groups * w.group, blocks = Kp / kBlock, element = wide ? 8 : 4;
-    const int64_t sums = round_up(M * w.groups * element);
-    const int64_t values = round_up(M * Kp * (quantized ? 1 : element));
-    const int64_t scales = quantized ? round_up(M * blocks * 4) : 0;
-    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_t(sums + values + 2 * scales + 64))));
-    if (!memory_) throw std::bad_alloc();
-    uint8_t* p = memory_.get();
-    view.quantized = quantized;
-    view.sums = p;
-    p += sums;
-    view.codes = reinterpret_cast<int8_t*>(p);
-    view.values = p;
-    p += values;
-    view.scales = reinterpret_cast<float*>(p);
-    view.code_sums = reinterpret_cast<int32_t*>(p + scales);
-  }
-
-  Activations view{};
-
- private:
-  static int64_t round_up(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> memory_;
-};
 
 bool activation_quantized(const char* op, const std::string& activation) {
   check(activation == "int8" || activation == "float", op, "expected activation int8 or float, got '", activation,
@@ -101,12 +68,10 @@ Tensor linear(const char* op, const Tensor& x, const Weight& w, const std::optio
   const ActivationArgs source{element, rows.data,          rows.stride, M, w.K, w.group, w.groups,
                               extras.prologue, packed.view};
   parallel_tasks((M + kSourceRows - 1) / kSourceRows, 8.0 * double(kSourceRows * w.K),
-                 [&](int64_t begin, int64_t end) { FW_KERNEL(pack_activations)(source, begin, end); });
+                 [&](int64_t begin, int64_t end) { pack(source, begin, end); });
   const int64_t blocks = (M + kRowBlock - 1) / kRowBlock;
   parallel_tasks(blocks * w.strips, 2.0 * double(std::min(M, kRowBlock) * kStrip * w.K),
-                 [&](int64_t begin, int64_t end) {
-                   quantized ? FW_KERNEL(matmul_int8)(args, begin, end) : FW_KERNEL(matmul_float)(args, begin, end);
-                 });
+                 [&](int64_t begin, int64_t end) { matmul(args, begin, end); });
   return y;
 }
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastweights.generation.state import GenerationState, fingerprint
 
@@ -67,14 +68,20 @@ class ModuleEngine:
         Raises:
             ValueError: a layer of the model keeps its keys and values, whose size is not constant.
         """
-        model, parts = fingerprint(self._model), []
+        layers, tokens = self._collect()
+        return GenerationState(layers, tokens, self._logits, fingerprint(self._model))
+
+    def _collect(self) -> tuple[list[Any], Tensor]:
+        """A copy of the layers' states with all rows in order, and the tokens `[B]` that they have seen."""
+        order = torch.tensor(self._order())
+        groups = []
         for rows, cache in self._groups:
             if not all(hasattr(layer, "state") for layer in cache.layers):
                 raise ValueError("generate: expected a model whose layers are all linear, got one with a softmax layer")
             tokens = torch.full((len(rows),), cache.get_seq_length(), dtype=torch.int64)
-            layers = [layer.state for layer in cache.layers]
-            parts.append(GenerationState(layers, tokens, self._logits[rows], model))
-        return GenerationState.cat(parts).select(self._order())
+            groups.append([[layer.state for layer in cache.layers], tokens])
+        joined = pytree.tree_map(lambda *rows: torch.cat(rows)[order], *groups)
+        return joined[0], joined[1]
 
     def _order(self) -> list[int]:
         rows = [row for group, _ in self._groups for row in group]

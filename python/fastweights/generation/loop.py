@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastweights.generation.engine import Engine, ModuleEngine
+from fastweights.generation.compiled import engine_for
+from fastweights.generation.engine import Engine
 from fastweights.generation.sampling import Sampler
 from fastweights.generation.state import GenerationState, fingerprint
 from fastweights.generation.text import TextStream
@@ -82,7 +83,7 @@ def generate(
 
     Prompts are read in parallel, `chunk` tokens at a time; then every step reads one token per row. On a model made by
     `linearize` a step costs the same time and memory whatever the length of the context, and no tensor grows; if it is
-    quantized too, a step is a single op (see `fastweights.generation.CompiledEngine`). Any other Hugging Face model runs
+    quantized too, a step is a single op, `decode_step`. Any other Hugging Face model runs
     with its own cache.
 
     Args:
@@ -231,7 +232,7 @@ def _engine(op: str, model: nn.Module, chunk: int, state: GenerationState | None
         raise ValueError(f"{op}: expected a state of one row, got {len(state.tokens)}")
     if state is not None and state.model != fingerprint(model):
         raise ValueError(f"{op}: expected a state of this model, got one of another model")
-    return ModuleEngine(model, chunk=chunk, start=state)
+    return engine_for(model, chunk=chunk, start=state)
 
 
 def _encode(op: str, prompts: Prompts, tokenizer: Any, *, continues: bool) -> tuple[bool, list[Tensor]]:

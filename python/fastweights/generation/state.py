@@ -39,16 +39,6 @@ class GenerationState:
         layers = [pytree.tree_map(lambda t: t.index_select(0, index), layer) for layer in self.layers]
         return GenerationState(layers, self.tokens[index], self.logits[index], self.model)
 
-    @classmethod
-    def cat(cls, states: Sequence[GenerationState]) -> GenerationState:
-        """The rows of several states of one model, one after another."""
-        layers = [
-            pytree.tree_map(lambda *rows: torch.cat(rows), *layer)
-            for layer in zip(*(s.layers for s in states), strict=True)
-        ]
-        tokens, logits = (torch.cat([getattr(s, n) for s in states]) for n in ("tokens", "logits"))
-        return cls(layers, tokens, logits, states[0].model)
-
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name: `tokens`, `logits`, `layers.0.k`, ..."""
         named = {"tokens": self.tokens, "logits": self.logits}

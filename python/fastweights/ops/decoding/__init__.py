@@ -1,0 +1,1 @@
+"""A token through a whole decoder in one op."""
