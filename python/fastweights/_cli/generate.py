@@ -15,24 +15,50 @@ def add_parser(commands: Any) -> None:
     p = commands.add_parser(
         "generate",
         help="continue prompts",
-        description="Continue prompts; the text goes to stdout as it is made, the speed to stderr. A prompt read once can "
-        "be kept: its state has the same size whatever its length.",
+        description="Continue prompts; the text goes to stdout as it is made, the speed to "
+        "stderr. A prompt read once can be kept: its state has the same size whatever its length.",
         epilog="read a long text once, ask about it at once:\n"
-        "  fastweights generate DIR \"$(cat manual.txt)\" --save-state manual.state --max-new-tokens 0\n"
-        "  fastweights generate DIR \"In short:\" --load-state manual.state\n",
+        '  fastweights generate DIR "$(cat manual.txt)" --save-state FILE --max-new-tokens 0\n'
+        '  fastweights generate DIR "In short:" --load-state FILE\n',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("model", metavar="DIR", help="a model folder")
-    p.add_argument("prompts", metavar="PROMPT", nargs="*", help="text to continue; - reads it from stdin")
-    p.add_argument("--chat", action="store_true", help="each prompt is a question, put through the chat template")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens per prompt (default: 256)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    p.add_argument(
+        "prompts", metavar="PROMPT", nargs="*", help="text to continue; - reads it from stdin"
+    )
+    p.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a question, put through the chat template",
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most tokens per prompt (default: 256)",
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)"
+    )
     p.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens")
-    p.add_argument("--top-p", type=float, metavar="X", help="draw among the likeliest tokens with this much probability")
-    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    p.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="draw among the likeliest tokens with this much probability",
+    )
+    p.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
     p.add_argument("--seed", type=int, metavar="N", help="makes the draws repeatable")
     p.add_argument("--load-state", metavar="FILE", help="continue a saved state")
-    p.add_argument("--save-state", metavar="FILE", help="save the state after the prompt and what it generated")
+    p.add_argument(
+        "--save-state", metavar="FILE", help="save the state after the prompt and what it generated"
+    )
     p.set_defaults(run=run)
 
 

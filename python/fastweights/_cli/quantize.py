@@ -14,11 +14,26 @@ def add_parser(commands: Any) -> None:
     p = commands.add_parser(
         "quantize",
         help="store a model's linear layers in 4 or 8 bits",
-        description="Quantize the linear layers of a model, the output layer included, and write it as a new folder.",
+        description="Quantize the linear layers of a model and write it as a new folder.",
     )
-    p.add_argument("model", metavar="DIR", help="a model folder, as `linearize` writes it, or a .gguf file")
-    p.add_argument("--format", choices=("int4", "int8"), default="int4", help="of the weights (default: int4)")
-    p.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale (default: the format's, 64)")
+    p.add_argument(
+        "model", metavar="DIR", help="a model folder, as `linearize` writes it, or a .gguf file"
+    )
+    p.add_argument(
+        "--format", choices=("int4", "int8"), default="int4", help="of the weights (default: int4)"
+    )
+    p.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="inputs that share a scale (default: the format's, 64)",
+    )
+    p.add_argument(
+        "--activation",
+        choices=("int8", "float"),
+        default="int8",
+        help="what the layers do with their input: int8 is fast (default), float is exact",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="folder for the new model")
     p.set_defaults(run=run)
 
@@ -34,10 +49,30 @@ def run(options: argparse.Namespace) -> int:
 
     say(f"loading {source}")
     model, tokenizer = fw.load(source)
-    fw.quantize_(model, options.format, group_size=options.group_size)
+    quantize_for_decoding(model, options.format, options.group_size, options.activation)
     fw.save(model, tokenizer, folder)
     say(f"wrote {folder}: {_megabytes(source):.0f} MB to {_megabytes(folder):.0f} MB")
     return 0
+
+
+def quantize_for_decoding(
+    model: Any, format: str = "int4", group_size: int | None = None, activation: str = "int8"
+) -> None:
+    """Quantize every linear layer, the output layer and a tied embedding in 8 bits.
+
+    The output layer is a quarter of a small model and read for every token; 8 bits halve the time
+    of 16 and keep the embedding that may share its table.
+    """
+    from fastweights import quantize_
+
+    quantize_(
+        model,
+        format,
+        group_size=group_size,
+        activation=activation,
+        skip=(),
+        embedding_format="int8",
+    )
 
 
 def _megabytes(path: Path) -> float:

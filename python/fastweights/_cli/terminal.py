@@ -62,7 +62,9 @@ def read_texts(paths: Sequence[str]) -> list[str]:
         try:
             texts.append(existing(path, "a text file").read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"expected text in UTF-8 in {path}, got byte {error.object[error.start]:#x}") from error
+            raise ValueError(
+                f"expected text in UTF-8 in {path}, got byte {error.object[error.start]:#x}"
+            ) from error
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         if not texts[-1].strip():

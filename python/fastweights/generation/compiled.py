@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from fastweights.conversion.attention import LinearizedAttention
 from fastweights.generation.engine import ModuleEngine
-from fastweights.generation.state import GenerationState, fingerprint
+from fastweights.generation.state import GenerationState
 from fastweights.ops.attention.state import HybridState
 from fastweights.ops.decoding.functional import decode_step
 from fastweights.ops.quantization.layers import QuantizedLinear
 
-# Largest difference of logits, relative to the largest of them, between the module path and the compiled one on the same
-# token: rounding, and its effect on activations that are quantized to 8 bits.
+# Largest difference of logits, relative to the largest of them, between the module path and the
+# compiled one on the same token: rounding, and its effect on activations that are quantized to 8
+# bits.
 _TOLERANCE = 2e-2
 
 _verdicts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -41,14 +42,24 @@ class Program:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         self.embedding: nn.Module = model.get_input_embeddings()
         head, rotary = model.get_output_embeddings(), _part(decoder, "rotary_emb")
-        _require(isinstance(head, QuantizedLinear) and head.bias is None, "an output layer that is quantized")
-        _require(_rope_type(rotary) in ("default", "linear", "llama3", "yarn"), "fixed rotary frequencies")
+        _require(
+            isinstance(head, QuantizedLinear) and head.bias is None,
+            "an output layer that is quantized",
+        )
+        _require(
+            _rope_type(rotary) in ("default", "linear", "llama3", "yarn"),
+            "fixed rotary frequencies",
+        )
         layers = [_LayerParts(layer) for layer in _part(decoder, "layers")]
         first, linears = layers[0], [linear for layer in layers for linear in layer.linears]
         for name in ("format", "group_size", "activation"):
             _require(len({getattr(x, name) for x in linears}) == 1, f"one {name} for all layers")
-        _require(linears[0].activation == head.activation, "the activation of the layers at the output")
-        _require(len({layer.attention.recipe for layer in layers}) == 1, "one recipe for all layers")
+        _require(
+            linears[0].activation == head.activation, "the activation of the layers at the output"
+        )
+        _require(
+            len({layer.attention.recipe for layer in layers}) == 1, "one recipe for all layers"
+        )
         epsilons = {_epsilon(norm) for layer in layers for norm in layer.norm_modules}
         final_norm = _part(decoder, "norm")
         _require(epsilons == {_epsilon(final_norm)}, "one epsilon for all norms")
@@ -87,17 +98,27 @@ class _LayerParts:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
-        _require(isinstance(attention, LinearizedAttention) and attention.mix is not None, "window attention throughout")
+        _require(
+            isinstance(attention, LinearizedAttention) and attention.mix is not None,
+            "window attention throughout",
+        )
         _require(attention.recipe.layout == "sliding", "a sliding window")
         self.attention: LinearizedAttention = attention
-        names = ((attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj")))
+        names = (
+            (attention, ("q_proj", "k_proj", "v_proj", "o_proj")),
+            (mlp, ("gate_proj", "up_proj", "down_proj")),
+        )
         found = [_part(owner, name) for owner, parts in names for name in parts]
-        _require(all(isinstance(x, QuantizedLinear) for x in found), "quantized linear layers throughout")
+        _require(
+            all(isinstance(x, QuantizedLinear) for x in found), "quantized linear layers throughout"
+        )
         self.linears: list[QuantizedLinear] = found
         norms = [_part(layer, "input_layernorm"), _part(layer, "post_attention_layernorm")]
         optional = [attention.q_norm, attention.k_norm]
         self.norm_modules = [*norms, *(norm for norm in optional if norm is not None)]
-        self.norms = [_or_empty(None if norm is None else norm.weight) for norm in (*norms, *optional)]
+        self.norms = [
+            _or_empty(None if norm is None else norm.weight) for norm in (*norms, *optional)
+        ]
         decay = attention.decay()
         self.maps = [
             _float(attention.feature_q.weight),
@@ -112,12 +133,17 @@ class _LayerParts:
 class CompiledEngine(ModuleEngine):
     """Reads prompts as `ModuleEngine` does, then steps all rows with one op per token.
 
-    Rows may have different lengths. The states of the rows are stacked once, after the prompts; a step changes them in
-    place and allocates nothing but the logits.
+    Rows may have different lengths. The states of the rows are stacked once, after the prompts; a
+    step changes them in place and allocates nothing but the logits.
     """
 
     def __init__(
-        self, model: nn.Module, program: Program, *, chunk: int, start: GenerationState | None = None
+        self,
+        model: nn.Module,
+        program: Program,
+        *,
+        chunk: int,
+        start: GenerationState | None = None,
     ) -> None:
         super().__init__(model, chunk=chunk, start=start)
         self._program = program
@@ -153,9 +179,9 @@ def engine_for(model: nn.Module, *, chunk: int, start: GenerationState | None) -
 
 
 def _agrees(model: nn.Module, program: Program) -> bool:
-    """Whether the op computes what the model does, by trying it: the names of a model's parts do not say what they do.
+    """Whether the op computes what the model does, found out by trying it, once per model.
 
-    Once per model.
+    The names of a model's parts do not say what they do.
     """
     if model not in _verdicts:
         with torch.inference_mode():

@@ -29,8 +29,9 @@ class Engine(Protocol):
 class ModuleEngine:
     """Calls the model as Hugging Face does, with a cache: any causal language model runs.
 
-    Rows of equal length share a cache and a forward call, since a cache has one length for all of its rows. Prompts are
-    read `chunk` tokens at a time: the memory for activations does not grow with the prompt.
+    Rows of equal length share a cache and a forward call, since a cache has one length for all of
+    its rows. Prompts are read `chunk` tokens at a time: the memory for activations does not grow
+    with the prompt.
 
     Args:
         model: a Hugging Face causal language model.
@@ -38,7 +39,9 @@ class ModuleEngine:
         start: a state of one row that every prompt continues; None starts from nothing.
     """
 
-    def __init__(self, model: nn.Module, *, chunk: int, start: GenerationState | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, chunk: int, start: GenerationState | None = None
+    ) -> None:
         self._model, self._chunk, self._start = model, chunk, start
         self._groups: list[tuple[list[int], Any]] = []
         self._logits = torch.empty(0)
@@ -60,7 +63,9 @@ class ModuleEngine:
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Engine`."""
-        return self._in_order([_feed(self._model, tokens[rows, None], cache, 1) for rows, cache in self._groups])
+        return self._in_order(
+            [_feed(self._model, tokens[rows, None], cache, 1) for rows, cache in self._groups]
+        )
 
     def state(self) -> GenerationState:
         """See `Engine`.
@@ -72,12 +77,15 @@ class ModuleEngine:
         return GenerationState(layers, tokens, self._logits, fingerprint(self._model))
 
     def _collect(self) -> tuple[list[Any], Tensor]:
-        """A copy of the layers' states with all rows in order, and the tokens `[B]` that they have seen."""
+        """A copy of the layers' states with all rows in order, and the tokens `[B]` they saw."""
         order = torch.tensor(self._order())
         groups = []
         for rows, cache in self._groups:
             if not all(hasattr(layer, "state") for layer in cache.layers):
-                raise ValueError("generate: expected a model whose layers are all linear, got one with a softmax layer")
+                raise ValueError(
+                    "generate: expected a model whose layers are all linear, "
+                    "got one with a softmax layer"
+                )
             tokens = torch.full((len(rows),), cache.get_seq_length(), dtype=torch.int64)
             groups.append([[layer.state for layer in cache.layers], tokens])
         joined = pytree.tree_map(lambda *rows: torch.cat(rows)[order], *groups)
@@ -108,9 +116,14 @@ def _new_cache(model: nn.Module, start: GenerationState | None) -> Any:
     return cache
 
 
-def _feed(model: nn.Module, tokens: Tensor, cache: Any, chunk: int, logits: Tensor | None = None) -> Tensor:
-    """Feed tokens `[B, T]` into model and cache; logits `[B, V]` after the last one (`logits` if T = 0)."""
+def _feed(
+    model: nn.Module, tokens: Tensor, cache: Any, chunk: int, logits: Tensor | None = None
+) -> Tensor:
+    """Feed tokens `[B, T]` into model and cache; logits `[B, V]` after them, `logits` if T = 0."""
+    from fastweights.integrations.transformers import cache_argument
+
+    options = {**cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
     for part in tokens.split(chunk, 1) if tokens.numel() else ():
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = model(part, **options).logits[:, -1].float()
     assert logits is not None
     return logits

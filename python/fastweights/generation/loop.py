@@ -20,8 +20,8 @@ from fastweights.generation.text import TextStream
 Prompt: TypeAlias = "str | Sequence[int] | Tensor"
 Prompts: TypeAlias = "Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor]"
 
-# Tokens per forward call of a prompt: large enough for full-speed matrix products, small enough that a call's
-# activations stay in the cache.
+# Tokens per forward call of a prompt: large enough for full-speed matrix products, small enough
+# that a call's activations stay in the cache.
 CHUNK = 512
 
 
@@ -52,7 +52,8 @@ class Piece:
     Attributes:
         row: index of the prompt.
         id: the token.
-        text: the text that the token settles: often a word, sometimes nothing; "" without a tokenizer.
+        text: the text that the token settles: often a word, sometimes nothing; "" without a
+            tokenizer.
     """
 
     row: int
@@ -81,24 +82,29 @@ def generate(
 ) -> Generation | list[Generation] | Iterator[Piece]:
     """Continue prompts with a causal language model.
 
-    Prompts are read in parallel, `chunk` tokens at a time; then every step reads one token per row. On a model made by
-    `linearize` a step costs the same time and memory whatever the length of the context, and no tensor grows; if it is
-    quantized too, a step is a single op, `decode_step`. Any other Hugging Face model runs
-    with its own cache.
+    Prompts are read in parallel, `chunk` tokens at a time; then every step reads one token per row.
+    On a model made by `linearize` a step costs the same time and memory whatever the length of the
+    context, and no tensor grows; if it is quantized too, a step is a single op, `decode_step`. Any
+    other Hugging Face model runs with its own cache.
 
     Args:
         model: a causal language model; it runs in inference mode and without dropout.
-        prompts: one prompt or a list of them: text, token ids, or an int64 tensor `[T]`; an int64 tensor `[B, T]` is B
-            prompts. Lengths may differ.
-        tokenizer: turns text into ids and back. None takes `model.tokenizer` if there is one; prompts must then be ids.
+        prompts: one prompt or a list of them: text, token ids, or an int64 tensor `[T]`; an int64
+            tensor `[B, T]` is B prompts. Lengths may differ.
+        tokenizer: turns text into ids and back. None takes `model.tokenizer` if there is one;
+            prompts must then be ids.
         max_new_tokens: most tokens per row, >= 0.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
+            temperature).
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the likeliest tokens that together have this probability, 0 < top_p <= 1.
-        stop: token ids and strings that end a row; None takes the model's end-of-sequence tokens, () none.
+        stop: token ids and strings that end a row; None takes the model's end-of-sequence tokens,
+            () none.
         stream: return an iterator of `Piece`s, as they are made, instead of the finished rows.
-        seed: of the draws; row r of a batch draws the same whatever the other rows are. None: torch's generator decides.
-        state: from `prefill`: every prompt continues it, and it stays as it is. A prompt may then be empty.
+        seed: of the draws; row r of a batch draws the same whatever the other rows are. None:
+            torch's generator decides.
+        state: from `prefill`: every prompt continues it, and it stays as it is. A prompt may then
+            be empty.
         return_state: also return the state after the last token; for one prompt, without `stream`.
         chunk: tokens per forward call of a prompt.
 
@@ -106,13 +112,14 @@ def generate(
         A `Generation` for one prompt, a list for several; an iterator with `stream`.
 
     Raises:
-        ValueError: an argument out of its range, text without a tokenizer, an empty prompt, a state of another model.
+        ValueError: an argument out of its range, text without a tokenizer, an empty prompt, a state
+            of another model.
 
     Example:
         >>> import fastweights as fw
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
-        ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32,
+        intermediate_size=64, ...     num_hidden_layers=2, num_attention_heads=2))
         >>> len(fw.generate(model, [1, 2, 3], max_new_tokens=5, stop=()).ids)
         5
     """
@@ -173,7 +180,9 @@ def prefill(
 
 
 def load_state(model: nn.Module, path: str | PathLike[str]) -> GenerationState:
-    """Read a state that `GenerationState.save` wrote for this model; the file is checked and never trusted.
+    """Read a state that `GenerationState.save` wrote for this model.
+
+    The file is checked and never trusted.
 
     Raises:
         ValueError: no state file, a damaged one, or the state of another model.
@@ -191,16 +200,18 @@ def _loop(
     max_new_tokens: int,
     stop_ids: frozenset[int],
 ) -> Iterator[Piece]:
-    """Generates into `rows`, yielding every piece. No mode of torch is left on while the caller has control."""
+    """Generates into `rows`, yielding every piece.
+
+    Modes of torch are left while the caller has control.
+    """
     running, step = set(range(len(rows))), 0
     with _evaluation(model):
         with torch.inference_mode():
-            logits = engine.read(prompts)
+            tokens = sampler(engine.read(prompts))
         while running and step < max_new_tokens:
-            with torch.inference_mode():
-                if step:
-                    logits = engine.step(tokens)
-                tokens = sampler(logits)
+            if step:
+                with torch.inference_mode():
+                    tokens = sampler(engine.step(tokens))
             step += 1
             for row, token in enumerate(tokens.tolist()):
                 if row in running:
@@ -210,7 +221,9 @@ def _loop(
                         running.discard(row)
 
 
-def _take(row: int, token: int, out: Generation, text: TextStream | None, last: bool, stop: bool) -> Piece:
+def _take(
+    row: int, token: int, out: Generation, text: TextStream | None, last: bool, stop: bool
+) -> Piece:
     """Adds a token to a row; `stop` says that it ends the row, `last` that none may follow."""
     piece = ""
     if not stop:
@@ -235,7 +248,9 @@ def _engine(op: str, model: nn.Module, chunk: int, state: GenerationState | None
     return engine_for(model, chunk=chunk, start=state)
 
 
-def _encode(op: str, prompts: Prompts, tokenizer: Any, *, continues: bool) -> tuple[bool, list[Tensor]]:
+def _encode(
+    op: str, prompts: Prompts, tokenizer: Any, *, continues: bool
+) -> tuple[bool, list[Tensor]]:
     """Whether a single prompt came, and the prompts as int64 vectors."""
     if isinstance(prompts, Tensor):
         single = prompts.dim() == 1
@@ -254,19 +269,25 @@ def _ids(op: str, prompt: Any, tokenizer: Any, continues: bool) -> Tensor:
         prompt = tokenizer(prompt, add_special_tokens=not continues)["input_ids"] if prompt else []
     ids = torch.as_tensor(prompt if len(prompt) else torch.empty(0, dtype=torch.int64))
     if ids.dim() != 1 or ids.is_floating_point():
-        raise ValueError(f"{op}: expected prompts as text or integer vectors [T], got shape {list(ids.shape)}")
+        raise ValueError(
+            f"{op}: expected prompts as text or integer vectors [T], got shape {list(ids.shape)}"
+        )
     if len(ids) == 0 and not continues:
         raise ValueError(f"{op}: expected a prompt of at least one token, got none")
     return ids.to(torch.int64)
 
 
-def _stops(model: nn.Module, stop: int | str | Sequence[int | str] | None) -> tuple[frozenset[int], list[str]]:
+def _stops(
+    model: nn.Module, stop: int | str | Sequence[int | str] | None
+) -> tuple[frozenset[int], list[str]]:
     if stop is None:
         config = getattr(model, "generation_config", None)
         eos = getattr(config, "eos_token_id", None)
         stop = [] if eos is None else eos
     items = [stop] if isinstance(stop, int | str) else list(stop)
-    return frozenset(s for s in items if isinstance(s, int)), [s for s in items if isinstance(s, str) and s]
+    return frozenset(s for s in items if isinstance(s, int)), [
+        s for s in items if isinstance(s, str) and s
+    ]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From logits to the next token: greedy, temperature, top-k and top-p (Holtzman et al., 2019).
 
-Every row of a batch draws from its own generator, so that what a prompt samples depends on the seed and on its place
-in the batch and never on its neighbours.
+Every row of a batch draws from its own generator, so that what a prompt samples depends on the seed
+and on its place in the batch and never on its neighbours.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The nucleus of a language model is nearly always inside its first thousand tokens, and finding those costs a tenth of
-# a full sort of the vocabulary.
+# The nucleus of a language model is nearly always inside its first thousand tokens, and finding
+# those costs a tenth of a full sort of the vocabulary.
 _NUCLEUS_GUESS = 1024
 
 
@@ -21,10 +21,10 @@ class Sampler:
         rows: number of rows B of the logits that will come.
         temperature: logits are divided by it; 0 takes the largest logit (greedy). Default 0.
         top_k: keep the k largest logits only. None keeps all.
-        top_p: keep the smallest set of largest probabilities whose sum reaches `top_p`, 0 < top_p <= 1. None keeps
-            all. With `top_k` it applies to the probabilities among the k kept.
-        seed: of the rows' generators (row r uses a seed derived from `seed` and r). None draws one from torch's
-            generator, so that `torch.manual_seed` decides.
+        top_p: keep the smallest set of largest probabilities whose sum reaches `top_p`, 0 < top_p
+            <= 1. None keeps all. With `top_k` it applies to the probabilities among the k kept.
+        seed: of the rows' generators (row r uses a seed derived from `seed` and r). None draws one
+            from torch's generator, so that `torch.manual_seed` decides.
 
     Raises:
         ValueError: a temperature, top_k or top_p out of its range.
@@ -59,7 +59,9 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature
-        return torch.stack([self._draw(row, g) for row, g in zip(logits, self._generators, strict=True)])
+        return torch.stack(
+            [self._draw(row, g) for row, g in zip(logits, self._generators, strict=True)]
+        )
 
     def _draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         candidates, probabilities = self._candidates(logits)
@@ -70,7 +72,7 @@ class Sampler:
         return i if candidates is None else candidates[i]
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Kept token ids (None: all, in order) and their unnormalised probabilities, largest first."""
+        """Kept token ids, likeliest first, and their weights; ids None: all, in order."""
         if self.top_k is not None:
             values, ids = logits.topk(min(self.top_k, len(logits)))
             p = values.softmax(-1)

@@ -1,4 +1,4 @@
-"""What a linearised model remembers of the tokens that it has read: constant in size, saved and restored."""
+"""What a linearised model remembers of the tokens that it has read: kept, saved and restored."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class GenerationState:
     """Prompts that a linearised model has read, ready to be continued any number of times.
 
     Attributes:
-        layers: the state of every layer, a `HybridState` or the pair (S, z) of pure linear attention. The first
-            dimension of its tensors is the prompts.
+        layers: the state of every layer, a `HybridState` or the pair (S, z) of pure linear
+            attention. The first dimension of its tensors is the prompts.
         tokens: tokens read so far, int64 `[B]`.
         logits: float32 `[B, V]`, of the token that follows each prompt.
         model: the fingerprint of the model that read them.
@@ -36,7 +36,9 @@ class GenerationState:
     def select(self, rows: Sequence[int]) -> GenerationState:
         """A copy with the given rows; a row may come several times."""
         index = torch.tensor(rows, dtype=torch.int64)
-        layers = [pytree.tree_map(lambda t: t.index_select(0, index), layer) for layer in self.layers]
+        layers = [
+            pytree.tree_map(lambda t: t.index_select(0, index), layer) for layer in self.layers
+        ]
         return GenerationState(layers, self.tokens[index], self.logits[index], self.model)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -55,7 +57,9 @@ class GenerationState:
         save_file(tensors, os.fspath(path), {"format": _FORMAT, "model": self.model})
 
     def restore(self, path: str | os.PathLike[str]) -> GenerationState:
-        """Read the file of a state of the same model and number of rows; `self` says what a valid one looks like.
+        """Read the file of a state of the same model and number of rows.
+
+        `self` says what a valid one looks like.
 
         Raises:
             ValueError: no state file, a damaged one, or the state of another model.
@@ -67,17 +71,28 @@ class GenerationState:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"state {name}: expected a state file of fastweights, got another one")
+                    raise ValueError(
+                        f"state {name}: expected a state file of fastweights, got another one"
+                    )
                 if metadata.get("model") != self.model:
-                    raise ValueError(f"state {name}: expected a state of this model, got one of another model")
-                tensors = {key: _checked(file, key, like, name) for key, like in self.tensors().items()}
+                    raise ValueError(
+                        f"state {name}: expected a state of this model, got one of another model"
+                    )
+                tensors = {
+                    key: _checked(file, key, like, name) for key, like in self.tensors().items()
+                }
         except (OSError, SafetensorError) as error:
             raise ValueError(f"state {name}: cannot be read: {error}") from error
         counts = [t for key, t in tensors.items() if key == "tokens" or key.endswith(".position")]
-        if any((t < 0).any() or (t != counts[0]).any() for t in counts) or (counts[0] >= 2**48).any():
+        if (
+            any((t < 0).any() or (t != counts[0]).any() for t in counts)
+            or (counts[0] >= 2**48).any()
+        ):
             raise ValueError(f"state {name}: damaged: its token counts do not agree")
         _, spec = pytree.tree_flatten(self.layers)
-        layers = pytree.tree_unflatten([t for key, t in tensors.items() if key.startswith("layers.")], spec)
+        layers = pytree.tree_unflatten(
+            [t for key, t in tensors.items() if key.startswith("layers.")], spec
+        )
         return GenerationState(layers, tensors["tokens"], tensors["logits"], self.model)
 
 
@@ -90,7 +105,9 @@ def _checked(file: Any, key: str, like: Tensor, name: str) -> Tensor:
         raise ValueError(f"state {name}: damaged: expected {key} of shape {expected}, got {shape}")
     tensor: Tensor = file.get_tensor(key)
     if tensor.dtype != like.dtype:
-        raise ValueError(f"state {name}: damaged: expected {key} of {like.dtype}, got {tensor.dtype}")
+        raise ValueError(
+            f"state {name}: damaged: expected {key} of {like.dtype}, got {tensor.dtype}"
+        )
     return tensor
 
 
@@ -98,7 +115,9 @@ def fingerprint(model: nn.Module) -> str:
     """A hash that two models share only if their sizes and a sample of their weights agree."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        sample = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)][:64].contiguous().cpu()
+        sample = (
+            tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)][:64].contiguous().cpu()
+        )
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -9,7 +9,8 @@ from typing import Any
 class TextStream:
     """Decodes one row's tokens into text that only ever grows.
 
-    A token may be part of a character, or of a stop string that is not complete yet: such text is held back until it
+    A token may be part of a character, or of a stop string that is not complete yet: such text is
+        held back until it
     is settled.
 
     Args:
@@ -20,8 +21,9 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
-        # decode(ids[start:]) begins with the text already emitted of ids[start:read]. One settled piece is kept as
-        # context, since some tokenizers drop a leading space at the start of a sequence.
+        # decode(ids[start:]) begins with the text already emitted of ids[start:read]. One settled
+        # piece is kept as context, since some tokenizers drop a leading space at the start of a
+        # sequence.
         self._start = self._read = 0
         self._held = ""
         self.text = ""
@@ -62,4 +64,6 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0
+    )

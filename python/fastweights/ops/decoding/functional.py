@@ -38,18 +38,22 @@ def decode_step(
 
     The lists hold the tensors of layer 0, then those of layer 1 and so on. A layer is
 
-        x <- x + o(hybrid_attention_step(q, k, v of RMSNorm(x)));  x <- x + down(silu(gate(h)) up(h)), h = RMSNorm(x)
+        x <- x + o(hybrid_attention_step(q, k, v of RMSNorm(x)));  x <- x + down(silu(gate(h))
+        up(h)), h = RMSNorm(x)
 
-    with the attention of `LinearizedAttention`; the logits are head(RMSNorm(x)). All layers have the same sizes. The
-    phases of a token are short and many, so they run inside one parallel region.
+    with the attention of `LinearizedAttention`; the logits are head(RMSNorm(x)). All layers have
+    the same sizes. The phases of a token are short and many, so they run inside one parallel
+    region.
 
     Args:
         x: float32 `[B, D]`, the embeddings of the tokens.
         weights: 7 per layer, packed: q, k, v, o, gate, up, down.
         biases: as many, each float32 `[out_features]` or empty; or none at all.
-        norms: 4 per layer: before attention `[D]`, before the MLP `[D]`, of q and of k `[K]` or empty.
-        maps: 6 per layer: Hedgehog matrices of q and of k `[HQ, K, F/2]`, the window's weight `[HQ]`, the factors
-            exp(g) by which features decay `[HQ, F]` or empty, weight `[HQ, K]` and bias `[HQ]` of the sink or empty.
+        norms: 4 per layer: before attention `[D]`, before the MLP `[D]`, of q and of k `[K]` or
+            empty.
+        maps: 6 per layer: Hedgehog matrices of q and of k `[HQ, K, F/2]`, the window's weight
+            `[HQ]`, the factors exp(g) by which features decay `[HQ, F]` or empty, weight `[HQ, K]`
+            and bias `[HQ]` of the sink or empty.
         states: 6 per layer, those of a sliding `HybridState`; updated in place.
         final_norm: `[D]`.
         head: packed, of the output layer.
@@ -75,9 +79,10 @@ def decode_step(
     function = reference.decode_step if needs_reference(x) else torch.ops.fastweights.decode_step
     logits: Tensor = function(
         x, weights, biases, norms, maps, states, final_norm, head, inv_freq,
-        intermediate=intermediate, vocab=vocab, rotated_features=rotated_features, rotary_factor=rotary_factor,
-        scale=scale, norm_eps=norm_eps, format=format, group_size=group_size, head_format=head_format,
-        head_group_size=head_group_size, activation=activation,
+        intermediate=intermediate, vocab=vocab, rotated_features=rotated_features,
+        rotary_factor=rotary_factor, scale=scale, norm_eps=norm_eps, format=format,
+        group_size=group_size, head_format=head_format, head_group_size=head_group_size,
+        activation=activation,
     )  # fmt: skip
     return logits
 

@@ -65,7 +65,14 @@ def decode_step(
         value = linear(h, v, b[2], kv_heads * dim).unflatten(1, (kv_heads, dim))
         angles = state.position[:, None].float() * inv_freq
         attended = _attend(
-            query, key, value, maps[6 * l : 6 * l + 6], state, _rotation(angles, rotary_factor), rotated_features, scale
+            query,
+            key,
+            value,
+            maps[6 * l : 6 * l + 6],
+            state,
+            _rotation(angles, rotary_factor),
+            rotated_features,
+            scale,
         )
         x = x + linear(attended.flatten(1), o, b[3], width)
         h = norm(x, mlp_norm)
@@ -94,7 +101,17 @@ def _attend(
     sink = (q * sink_weight).sum(-1) + sink_bias if sink_weight.numel() else None
     g = decay.log() if decay.numel() else None
     return hybrid_attention_step(
-        turned_q, turned_k, v, qf, kf, mix, g, state=state, window=state.k.shape[2], scale=scale, sink=sink
+        turned_q,
+        turned_k,
+        v,
+        qf,
+        kf,
+        mix,
+        g,
+        state=state,
+        window=state.k.shape[2],
+        scale=scale,
+        sink=sink,
     )
 
 

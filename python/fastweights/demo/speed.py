@@ -1,0 +1,86 @@
+"""Tokens per second and resident memory by the length of the context, in a process of its own.
+
+Run as `python -m fastweights.demo.speed DIR CONTEXT...`; prints one JSON object per context.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastweights.conversion.attention import LinearizedAttention
+from fastweights.demo.model import Text
+from fastweights.generation.engine import Engine
+from fastweights.generation.loop import CHUNK
+from fastweights.generation.state import GenerationState
+
+_STEPS = 64
+_REPEATS = 3
+
+
+def measure(model: Path, contexts: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """{context: {"tokens/s": decoding, "MB": resident memory, "prefill tokens/s": ...}}.
+
+    Args:
+        model: a model folder or GGUF file.
+        contexts: ascending lengths. A converted model is read into once and goes on from there.
+    """
+    command = [sys.executable, "-m", "fastweights.demo.speed", str(model), *map(str, contexts)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    lines = (json.loads(line) for line in run.stdout.splitlines())
+    return {str(line.pop("context")): line for line in lines}
+
+
+def _main(path: str, contexts: list[int]) -> None:
+    from fastweights import load
+    from fastweights.generation.compiled import engine_for
+
+    model, tokenizer = load(path)
+    text = Text.of(tokenizer).train
+    state: GenerationState | None = None
+    read = 0
+    with torch.inference_mode():
+        for context in contexts:
+            engine = engine_for(model, chunk=CHUNK, start=state)
+            started = time.perf_counter()
+            engine.read([text[read:context]])
+            seconds = time.perf_counter() - started
+            row = {"context": context, "prefill tokens/s": (context - read) / seconds}
+            if is_linear(model):
+                state, read = engine.state().select([0]), context
+            best = min(_seconds_per_token(engine, text) for _ in range(_REPEATS))
+            row |= {"tokens/s": 1 / best, "MB": resident_megabytes()}
+            print(json.dumps(row), flush=True)
+
+
+def _seconds_per_token(engine: Engine, text: Tensor) -> float:
+    started = time.perf_counter()
+    for token in text[:_STEPS]:
+        engine.step(token[None])
+    return (time.perf_counter() - started) / _STEPS
+
+
+def is_linear(model: Any) -> bool:
+    """Whether `linearize` has converted `model`."""
+    return any(isinstance(module, LinearizedAttention) for module in model.modules())
+
+
+def resident_megabytes() -> float:
+    """Memory of this process that is in RAM now, on Linux; the most there was, elsewhere."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], [int(context) for context in sys.argv[2:]])

@@ -1,0 +1,148 @@
+"""The stages of the demo and of the report, each done once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastweights import linearize, load, recover, save, transfer_attention
+from fastweights._cli.quantize import quantize_for_decoding
+from fastweights.demo.model import Text, perplexities, smollm2
+from fastweights.demo.results import Results
+from fastweights.demo.speed import is_linear, measure
+
+# Minutes of training in the demo, which together with everything else takes 15 on two cores.
+TRANSFER_MINUTES, RECOVER_MINUTES = 3.0, 5.5
+
+OURS = (128, 1024, 8192, 32768)
+THEIRS = (128, 1024, 8192)
+_QUESTION = "Explain in three sentences what a mutex is and when a program needs one."
+
+
+class Interrupted(Exception):
+    """Ctrl-C ended a training; what it reached is kept."""
+
+
+class Pipeline:
+    """Models, texts and results of one run.
+
+    Args:
+        folder: where models and results are kept between runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.results = Results(folder / "results.json")
+
+    def demo(self) -> None:
+        """The main job and its figures."""
+        stage, path = self.results.stage, self.folder
+        stage("original", lambda: self._measured(smollm2()))
+        stage("transfer", lambda: self._train(smollm2(), path / "transferred", _transfer))
+        stage("after transfer", lambda: self._measured(path / "transferred"))
+        stage("recover", lambda: self._train(path / "transferred", path / "recovered", _recover))
+        stage("after LoRA", lambda: self._measured(path / "recovered", far=True))
+        stage("quantize", lambda: self._quantize(path / "recovered", path / "int4"))
+        stage("after 4 bits", lambda: self._measured(path / "int4", far=True))
+        stage("speed of ours", lambda: measure(path / "int4", OURS))
+        stage("speed of transformers", lambda: measure(smollm2(), THEIRS))
+        stage("sample", lambda: _answer(path / "int4"))
+
+    def report(self) -> None:
+        """The demo, and what tells recovery from what merely looks like it."""
+        self.demo()
+        stage, path, gguf = self.results.stage, self.folder, smollm2()
+        stage("swapped", lambda: self._control(lambda m: linearize(m)))
+        stage("window only", lambda: self._control(_window_only))
+        for name, change in (("window only", _window_only), ("original", _unchanged)):
+            folder = path / f"{name} with LoRA".replace(" ", "-")
+            stage(
+                f"{name}, recover",
+                lambda folder=folder, change=change: self._train(gguf, folder, _recover, change),
+            )
+            stage(
+                f"{name} after LoRA",
+                lambda folder=folder, change=change: self._measured(folder, change=change),
+            )
+        published = path / "published-transferred"
+        stage("published, transfer", lambda: self._train(gguf, published, _transfer, _published))
+        stage("published after transfer", lambda: self._measured(published))
+        done = path / "published"
+        stage("published, recover", lambda: self._train(published, done, _recover))
+        stage("published after LoRA", lambda: self._measured(done))
+
+    def _measured(
+        self, source: Path, *, far: bool = False, change: Callable[[Any], Any] | None = None
+    ) -> dict[str, float]:
+        model, tokenizer = load(source)
+        if change is not None:
+            model = change(model)
+        return perplexities(model, Text.of(tokenizer).held_out, far=far)
+
+    def _control(self, change: Callable[[Any], Any]) -> dict[str, float]:
+        return self._measured(smollm2(), change=change)
+
+    def _train(
+        self,
+        source: Path,
+        target: Path,
+        training: Callable[..., Any],
+        change: Callable[[Any], Any] = linearize,
+    ) -> dict[str, Any]:
+        """Loads `source`, which `change` prepares unless it is converted, trains and saves it."""
+        model, tokenizer = load(source)
+        if not is_linear(model):
+            model = change(model)
+        checkpoint = target.with_suffix(".checkpoint")
+        log = training(model, Text.of(tokenizer).train, checkpoint=checkpoint)
+        if log.interrupted:
+            raise Interrupted
+        save(model, tokenizer, target)
+        checkpoint.unlink()
+        return {"steps": log.steps, "tokens": log.tokens, "losses": log.losses}
+
+    def _quantize(self, source: Path, target: Path) -> dict[str, float]:
+        model, tokenizer = load(source)
+        quantize_for_decoding(model)
+        save(model, tokenizer, target)
+        return {"MB": sum(f.stat().st_size for f in target.glob("*.safetensors")) / 1e6}
+
+
+def _transfer(model: Any, tokens: Any, **options: Any) -> Any:
+    return transfer_attention(model, tokens, minutes=TRANSFER_MINUTES, **options)
+
+
+def _recover(model: Any, tokens: Any, **options: Any) -> Any:
+    return recover(model, tokens, minutes=RECOVER_MINUTES, **options)
+
+
+def _published(model: Any) -> Any:
+    return linearize(model, "lolcats")
+
+
+def _unchanged(model: Any) -> Any:
+    return model
+
+
+def _window_only(model: Any) -> Any:
+    """The same weights under softmax over the latest 64 tokens alone: Mistral is Llama with one."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    values = model.config.to_dict()
+    values.pop("model_type")
+    values.pop("architectures", None)
+    changed = MistralForCausalLM(MistralConfig(**values | {"sliding_window": 64}))
+    changed.load_state_dict(model.state_dict())
+    return changed.eval()
+
+
+def _answer(source: Path) -> dict[str, str]:
+    from fastweights.generation import generate
+
+    model, tokenizer = load(source)
+    messages = [{"role": "user", "content": _QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    answer = generate(model, prompt, tokenizer=tokenizer, max_new_tokens=96)
+    return {"question": _QUESTION, "answer": str(answer)}
