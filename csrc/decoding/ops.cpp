@@ -17,7 +17,7 @@ constexpr const char* kOp = "decode_step";
 // How many tensors a layer has in each list, and which.
 enum WeightIndex { kQ, kK, kV, kO, kGate, kUp, kDown, kWeights };
 enum NormIndex { kInputNorm, kMlpNorm, kQNorm, kKNorm, kNorms };
-enum MapIndex { kQMap, kKMap, kMix, kDecay, kSinkWeight, kSinkBias, kMaps };
+enum MapIndex { kQMap, kKMap, kMix, kDecay, kSink, kQGain, kKGain, kMaps };
 enum StateIndex { kRingK, kRingV, kRingF, kStateS, kStateZ, kPosition, kStates };
 
 const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, const char* letters) {
@@ -79,31 +79,30 @@ Layer layer_of(const Sizes& n, const Format& format, const Tensor* weights, cons
               floats("norms", norms[kMlpNorm], {n.width}, "[D]"),
               positions(states[kPosition], n.rows),
               {}};
-  AttendArgs& a = layer.attend;
-  a.position = layer.position;
+  AttentionArgs& a = layer.attention;
   a.q_norm = optional_floats("norms", norms[kQNorm], {n.dim}, "[K]");
   a.k_norm = optional_floats("norms", norms[kKNorm], {n.dim}, "[K]");
   a.q_map = floats("maps", maps[kQMap], {n.heads, n.dim, n.features / 2}, "[HQ, K, F/2]");
-  a.k_map = floats("maps", maps[kKMap], {n.heads, n.dim, n.features / 2}, "[HQ, K, F/2]");
+  a.k_map = floats("maps", maps[kKMap], {n.state_heads, n.dim, n.features / 2}, "[HS, K, F/2]");
   a.mix = floats("maps", maps[kMix], {n.heads}, "[HQ]");
-  a.decay = optional_floats("maps", maps[kDecay], {n.heads, n.features}, "[HQ, F]");
-  a.sink_weight = optional_floats("maps", maps[kSinkWeight], {n.heads, n.dim}, "[HQ, K]");
-  a.sink_bias = optional_floats("maps", maps[kSinkBias], {n.heads}, "[HQ]");
-  check(!a.sink_weight == !a.sink_bias, kOp, "expected maps with sink weight and bias or neither, got one");
+  a.decay = optional_floats("maps", maps[kDecay], {n.state_heads, n.features}, "[HS, F]");
+  a.sink = optional_floats("maps", maps[kSink], {n.heads, n.dim + 1}, "[HQ, K + 1]");
+  a.q_gain = optional_floats("maps", maps[kQGain], {n.heads, n.dim + 1}, "[HQ, K + 1]");
+  a.k_gain = optional_floats("maps", maps[kKGain], {n.state_heads, n.dim + 1}, "[HS, K + 1]");
   a.k_ring = mutable_floats("states", states[kRingK], {n.rows, n.kv_heads, n.window, n.dim}, "[B, HKV, w, K]");
   a.v_ring = mutable_floats("states", states[kRingV], {n.rows, n.kv_heads, n.window, n.dim}, "[B, HKV, w, K]");
-  a.kf_ring = mutable_floats("states", states[kRingF], {n.rows, n.heads, n.window, n.features}, "[B, HQ, w, F]");
-  a.S = mutable_floats("states", states[kStateS], {n.rows, n.heads, n.features, n.dim}, "[B, HQ, F, K]");
-  a.z = mutable_floats("states", states[kStateZ], {n.rows, n.heads, n.features}, "[B, HQ, F]");
+  a.kf_ring = mutable_floats("states", states[kRingF], {n.rows, n.state_heads, n.window, n.features}, "[B, HS, w, F]");
+  a.S = mutable_floats("states", states[kStateS], {n.rows, n.state_heads, n.features, n.dim}, "[B, HS, F, K]");
+  a.z = mutable_floats("states", states[kStateZ], {n.rows, n.state_heads, n.features}, "[B, HS, F]");
   return layer;
 }
 
 Tensor decode_step(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                   const std::vector<Tensor>& norms, const std::vector<Tensor>& maps,
-                   const std::vector<Tensor>& states, const Tensor& final_norm, const Tensor& head,
-                   const Tensor& inv_freq, int64_t intermediate, int64_t vocab, bool rotated_features,
-                   double rotary_factor, double scale, double norm_eps, const std::string& format, int64_t group_size,
-                   const std::string& head_format, int64_t head_group_size, const std::string& activation) {
+                   const std::vector<Tensor>& norms, const std::vector<Tensor>& maps, const std::vector<Tensor>& states,
+                   const Tensor& final_norm, const Tensor& head, const Tensor& inv_freq, int64_t intermediate,
+                   int64_t vocab, bool rotated_features, double rotary_factor, double scale, double norm_eps,
+                   const std::string& format, int64_t group_size, const std::string& head_format,
+                   int64_t head_group_size, const std::string& activation) {
   check_rank(kOp, "x", x, 2, "[B, D]");
   const int64_t layers = int64_t(weights.size()) / kWeights;
   const auto per_layer = [&](const char* name, const std::vector<Tensor>& list, int64_t count) {
@@ -117,14 +116,19 @@ Tensor decode_step(const Tensor& x, const std::vector<Tensor>& weights, const st
   per_layer("maps", maps, kMaps);
   per_layer("states", states, kStates);
   check_rank(kOp, "maps", maps[kQMap], 3, "[HQ, K, F/2]");
+  check_rank(kOp, "maps", maps[kKMap], 3, "[HS, K, F/2]");
   check_rank(kOp, "states", states[kRingK], 4, "[B, HKV, window, K]");
-  check(activation == "int8" || activation == "float", kOp, "expected activation int8 or float, got '", activation, "'");
+  check(activation == "int8" || activation == "float", kOp, "expected activation int8 or float, got '", activation,
+        "'");
   const Tensor &map = maps[kQMap], &ring = states[kRingK];
-  const Sizes n{x.size(0),   x.size(1),       map.size(0),  ring.size(1),
+  const Sizes n{x.size(0),   x.size(1),       map.size(0),  ring.size(1), maps[kKMap].size(0),
                 map.size(1), 2 * map.size(2), intermediate, ring.size(2)};
-  check(n.dim > 0 && n.dim % 2 == 0 && n.features > 0, kOp, "expected maps of an even K and F >= 2, got ", shape_of(map));
-  check(n.kv_heads > 0 && n.heads % n.kv_heads == 0, kOp, "expected states with a number of kv heads that divides HQ = ",
-        n.heads, " (from maps), got ", n.kv_heads);
+  check(n.dim > 0 && n.dim % 2 == 0 && n.features > 0, kOp, "expected maps of an even K and F >= 2, got ",
+        shape_of(map));
+  check(n.kv_heads > 0 && n.heads % n.kv_heads == 0, kOp,
+        "expected states with a number of kv heads that divides HQ = ", n.heads, " (from maps), got ", n.kv_heads);
+  check(n.state_heads == n.kv_heads || n.state_heads == n.heads, kOp, "expected maps of keys for HKV = ", n.kv_heads,
+        " or HQ = ", n.heads, " heads, got ", n.state_heads);
   check(n.window > 0, kOp, "expected states with a window of at least 1, got ", n.window);
 
   std::vector<Layer> stack;

@@ -10,7 +10,7 @@ namespace q = ::fastweights::quantization;
 
 namespace {
 
-constexpr int64_t kPhasesPerLayer = 10, kPhasesOfHead = 2;
+constexpr int64_t kPhasesPerLayer = 11, kPhasesOfHead = 2;
 
 // Tasks that a member claims at a time: enough claims for an even end, not so many that members contend for them.
 int64_t grain_of(int64_t tasks) {
@@ -34,6 +34,9 @@ Decoder::Decoder(const Sizes& n, const Settings& settings, const std::vector<Lay
       sin_(size_t(n.rows * n.dim / 2)),
       qkv_(size_t(n.rows * n.qkv())),
       key_(size_t(n.rows * n.kv_heads * n.dim)),
+      query_features_(size_t(n.rows * n.heads * n.features)),
+      key_features_(size_t(n.rows * n.state_heads * n.features)),
+      normaliser_(size_t(n.rows * n.heads)),
       heads_(size_t(n.rows * n.heads * n.dim)),
       gate_up_(size_t(n.rows * 2 * n.intermediate)),
       width_rows_(rows_for(n, settings, layers[0].q)),
@@ -69,26 +72,7 @@ void Decoder::run_layer(const Layer& layer, float* x, Member& member) {
            {{layer.q, query, n_.qkv(), false}, {layer.k, key, n_.qkv(), false}, {layer.v, value, n_.qkv(), false}},
            member);
 
-  AttendArgs args = layer.attend;
-  args.heads = n_.heads;
-  args.kv_heads = n_.kv_heads;
-  args.dim = n_.dim;
-  args.features = n_.features;
-  args.window = n_.window;
-  args.rotated_features = settings_.rotated_features;
-  args.scale = settings_.scale;
-  args.norm_eps = settings_.norm_eps;
-  args.qkv = qkv_.data();
-  args.cos = cos_.data();
-  args.sin = sin_.data();
-  args.k = key_.data();
-  args.o = heads_.data();
-  member.run(n_.rows * n_.heads, 1, [&](int64_t begin, int64_t end) { FW_KERNEL(attend)(args, begin, end); });
-  member.run(n_.rows, n_.rows, [&](int64_t begin, int64_t end) {
-    FW_KERNEL(remember)(args, begin, end);
-    for (int64_t b = begin; b < end; ++b) ++layer.position[b];
-  });
-
+  attend(layer, member);
   pack(heads_.data(), heads, layer.o, nullptr, false, head_rows_, member);
   multiply(head_rows_, {{layer.o, x, n_.width, true}}, member);
   pack(x, n_.width, layer.gate, layer.mlp_norm, false, width_rows_, member);
@@ -98,11 +82,42 @@ void Decoder::run_layer(const Layer& layer, float* x, Member& member) {
   multiply(intermediate_rows_, {{layer.down, x, n_.width, true}}, member);
 }
 
+void Decoder::attend(const Layer& layer, Member& member) {
+  AttentionArgs args = layer.attention;
+  args.heads = n_.heads;
+  args.kv_heads = n_.kv_heads;
+  args.state_heads = n_.state_heads;
+  args.dim = n_.dim;
+  args.features = n_.features;
+  args.window = n_.window;
+  args.rotated_features = settings_.rotated_features;
+  args.scale = settings_.scale;
+  args.norm_eps = settings_.norm_eps;
+  args.qkv = qkv_.data();
+  args.cos = cos_.data();
+  args.sin = sin_.data();
+  args.position = layer.position;
+  args.k = key_.data();
+  args.qf = query_features_.data();
+  args.kf = key_features_.data();
+  args.o = heads_.data();
+  args.normaliser = normaliser_.data();
+  const int64_t blocks = (n_.dim + kColumns - 1) / kColumns;
+  member.run(n_.rows * (n_.heads + n_.state_heads), 1,
+             [&](int64_t begin, int64_t end) { FW_KERNEL(read_window)(args, begin, end); });
+  member.run(n_.rows * n_.state_heads * blocks, 1,
+             [&](int64_t begin, int64_t end) { FW_KERNEL(read_state)(args, begin, end); });
+  member.run(n_.rows, n_.rows, [&](int64_t begin, int64_t end) {
+    FW_KERNEL(remember)(args, begin, end);
+    for (int64_t b = begin; b < end; ++b) ++layer.position[b];
+  });
+}
+
 void Decoder::pack(const float* x, int64_t stride, const Linear& linear, const float* norm, bool gated,
                    const q::PackedActivations& out, Member& member) {
   const q::Weight& w = linear.weight;
-  const q::ActivationArgs args{Element::f32, x,        stride, n_.rows, w.K, w.group, w.groups,
-                               {norm, settings_.norm_eps, gated}, out.view};
+  const q::ActivationArgs args{
+      Element::f32, x, stride, n_.rows, w.K, w.group, w.groups, {norm, settings_.norm_eps, gated}, out.view};
   member.run((n_.rows + q::kSourceRows - 1) / q::kSourceRows, 1,
              [&](int64_t begin, int64_t end) { q::pack(args, begin, end); });
 }

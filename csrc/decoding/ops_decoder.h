@@ -18,11 +18,11 @@ struct Layer {
   Linear q, k, v, o, gate, up, down;
   const float *input_norm, *mlp_norm;  // [width]
   int64_t* position;                   // [rows], counted up
-  AttendArgs attend;                   // without what the layers share
+  AttentionArgs attention;             // without what the layers share
 };
 
 struct Sizes {
-  int64_t rows, width, heads, kv_heads, dim, features, intermediate, window;
+  int64_t rows, width, heads, kv_heads, state_heads, dim, features, intermediate, window;
   int64_t qkv() const { return (heads + 2 * kv_heads) * dim; }
 };
 
@@ -53,6 +53,7 @@ class Decoder {
   using Member = Team::Member;
 
   void run_layer(const Layer& layer, float* x, Member& member);
+  void attend(const Layer& layer, Member& member);
   void pack(const float* x, int64_t stride, const Linear& linear, const float* norm, bool gated,
             const quantization::PackedActivations& out, Member& member);
   void multiply(const quantization::PackedActivations& x, std::initializer_list<Product> products, Member& member);
@@ -62,7 +63,7 @@ class Decoder {
   const std::vector<Layer>& layers_;
   const Linear& head_;
   const float* final_norm_;
-  std::vector<float> cos_, sin_, qkv_, key_, heads_, gate_up_;
+  std::vector<float> cos_, sin_, qkv_, key_, query_features_, key_features_, normaliser_, heads_, gate_up_;
   quantization::PackedActivations width_rows_, head_rows_, intermediate_rows_, final_rows_;
 };
 

@@ -10,8 +10,7 @@ import torch
 import fastweights as fw
 from fastweights.generation.compiled import CompiledEngine, NotCompilable, Program, engine_for
 from fastweights.generation.engine import ModuleEngine
-
-from .models import linear_model, quantized_model, softmax_model, tokenizer
+from tiny_models import linear_model, quantized_model, softmax_model, tokenizer
 
 PROMPT = [5, 9, 3, 17, 40, 2, 66]
 RAGGED = [[3], PROMPT, [8, 9, 10], [60, 61, 62], list(range(2, 21))]
@@ -51,7 +50,8 @@ def test_reading_in_chunks_and_by_steps_is_reading_at_once(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["stable", "lolcats"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_compiled_decoder_is_the_model(recipe: str, kind: str, tied: bool) -> None:
-    model = quantized_model(recipe, kind, tie_word_embeddings=tied)
+    # Activations in float: rounded to int8, a difference in the last bit may become one of a code.
+    model = quantized_model(recipe, kind, activation="float", tie_word_embeddings=tied)
     prompts = [torch.tensor(prompt) for prompt in RAGGED]
     with torch.inference_mode():
         engine = engine_for(model, chunk=64, start=None)
@@ -88,7 +88,7 @@ def test_a_model_that_computes_something_else_is_not_compiled() -> None:
 def test_the_state_does_not_grow(make: Any) -> None:
     model = make()
     short = fw.prefill(model, list(range(2, 12)))
-    long = fw.prefill(model, [2 + i % 90 for i in range(400)])
+    long = fw.prefill(model, [2 + i % 90 for i in range(60)])
     assert [t.shape for t in short.tensors().values()] == [t.shape for t in long.tensors().values()]
 
 

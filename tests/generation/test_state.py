@@ -11,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fastweights as fw
-
-from .models import linear_model, quantized_model
+from tiny_models import linear_model, quantized_model
 
 
 @pytest.fixture(scope="module")

@@ -125,8 +125,9 @@ class _LayerParts:
             _float(attention.feature_k.weight),
             _float(attention.mix.sigmoid()),
             _or_empty(None if decay is None else decay.exp()),
-            _or_empty(attention.sink_weight),
-            _or_empty(attention.sink_bias),
+            _affine(attention.sink_weight, attention.sink_bias),
+            _affine(attention.feature_q.gain_weight, attention.feature_q.gain_bias),
+            _affine(attention.feature_k.gain_weight, attention.feature_k.gain_bias),
         ]
 
 
@@ -217,6 +218,13 @@ def _rope_type(rotary: Any) -> str:
 
 def _float(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
+
+
+def _affine(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Weight `[H, K]` and bias `[H]` side by side, so that y = (x, 1) · row."""
+    if weight is None or bias is None:
+        return torch.empty(0)
+    return _float(torch.cat((weight, bias[:, None]), 1))
 
 
 def _or_empty(tensor: Tensor | None) -> Tensor:

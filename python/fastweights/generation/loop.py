@@ -142,7 +142,8 @@ def generate(
     for _ in pieces:
         pass
     if return_state:
-        rows[0].state = engine.state().select([0])
+        with _evaluation(model), torch.inference_mode():
+            rows[0].state = _state_after(engine, rows[0], reached=_tokens(state) + len(ids[0]))
     return rows[0] if single else rows
 
 
@@ -219,6 +220,17 @@ def _loop(
                     yield _take(row, token, rows[row], texts[row], last, token in stop_ids)
                     if rows[row].reason == "stop":
                         running.discard(row)
+
+
+def _state_after(engine: Engine, row: Generation, *, reached: int) -> GenerationState:
+    """The state after all of `row`, whose last token has not been read if nothing followed it."""
+    if int(engine.state().tokens) < reached + len(row.ids):
+        engine.step(torch.tensor(row.ids[-1:]))
+    return engine.state().select([0])
+
+
+def _tokens(state: GenerationState | None) -> int:
+    return 0 if state is None else int(state.tokens)
 
 
 def _take(

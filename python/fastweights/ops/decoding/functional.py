@@ -51,9 +51,10 @@ def decode_step(
         biases: as many, each float32 `[out_features]` or empty; or none at all.
         norms: 4 per layer: before attention `[D]`, before the MLP `[D]`, of q and of k `[K]` or
             empty.
-        maps: 6 per layer: Hedgehog matrices of q and of k `[HQ, K, F/2]`, the window's weight
-            `[HQ]`, the factors exp(g) by which features decay `[HQ, F]` or empty, weight `[HQ, K]`
-            and bias `[HQ]` of the sink or empty.
+        maps: 7 per layer: Hedgehog matrices of q `[HQ, K, F/2]` and of k `[HS, K, F/2]`, HS being
+            HKV or HQ; the window's weight `[HQ]`; the factors exp(g) by which features decay
+            `[HS, F]` or empty; the sink's score `[HQ, K + 1]` and the logarithms of the features'
+            gains `[HQ, K + 1]` and `[HS, K + 1]`, weights and bias side by side, or empty.
         states: 6 per layer, those of a sliding `HybridState`; updated in place.
         final_norm: `[D]`.
         head: packed, of the output layer.

@@ -56,7 +56,7 @@ def decode_step(
         b = biases[7 * l : 7 * l + 7] if biases else [x.new_empty(0)] * 7
         input_norm, mlp_norm, q_norm, k_norm = norms[4 * l : 4 * l + 4]
         state = HybridState(*states[6 * l : 6 * l + 6])
-        heads, dim = maps[6 * l].shape[:2]
+        heads, dim = maps[7 * l].shape[:2]
         kv_heads = state.k.shape[1]
 
         h = norm(x, input_norm)
@@ -68,7 +68,7 @@ def decode_step(
             query,
             key,
             value,
-            maps[6 * l : 6 * l + 6],
+            maps[7 * l : 7 * l + 7],
             state,
             _rotation(angles, rotary_factor),
             rotated_features,
@@ -93,12 +93,12 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """The heads' outputs `[B, HQ, K]`; the state goes one token on."""
-    q_map, k_map, mix, decay, sink_weight, sink_bias = maps
+    q_map, k_map, mix, decay, sink, q_gain, k_gain = maps
     turned_q, turned_k = rotate(q), rotate(k)
     source_q, source_k = (turned_q, turned_k) if rotated_features else (q, k)
-    qf = _hedgehog(source_q, q_map)
-    kf = _hedgehog(source_k.repeat_interleave(q.shape[1] // k.shape[1], 1), k_map)
-    sink = (q * sink_weight).sum(-1) + sink_bias if sink_weight.numel() else None
+    qf = _hedgehog(source_q, q_map, q_gain)
+    kf = _hedgehog(source_k.repeat_interleave(k_map.shape[0] // k.shape[1], 1), k_map, k_gain)
+    score = _affine(q, sink) if sink.numel() else None
     g = decay.log() if decay.numel() else None
     return hybrid_attention_step(
         turned_q,
@@ -111,14 +111,22 @@ def _attend(
         state=state,
         window=state.k.shape[2],
         scale=scale,
-        sink=sink,
+        sink=score,
     )
 
 
-def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
-    """[softmax(xW), softmax(−xW)], x `[B, H, K]`, W `[H, K, F/2]`."""
+def _hedgehog(x: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+    """exp((x, 1) · gain) [softmax(xW), softmax(−xW)], x `[B, H, K]`, W `[H, K, F/2]`."""
     y = torch.einsum("bhk,hkf->bhf", x, weight)
-    return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
+    features = torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
+    if gain.numel():
+        features = features * _affine(x, gain).clamp(-15, 15).exp()[..., None]
+    return features
+
+
+def _affine(x: Tensor, weight: Tensor) -> Tensor:
+    """(x, 1) · weight, weight `[H, K + 1]`."""
+    return (x * weight[:, :-1]).sum(-1) + weight[:, -1]
 
 
 def _rotation(angles: Tensor, factor: float) -> Callable[[Tensor], Tensor]:

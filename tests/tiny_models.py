@@ -39,18 +39,22 @@ def softmax_model(kind: str = "llama", **changes: Any) -> Any:
 
 def linear_model(recipe: str = "stable", kind: str = "llama", **changes: Any) -> Any:
     """A converted model whose new parameters are not what they start from."""
-    model = fw.linearize(softmax_model(kind, **changes), recipe, window=4)
+    model = fw.linearize(
+        softmax_model(kind, **changes), recipe, window=None if recipe == "hedgehog" else 4
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("feature_", "mix", "sink_")):
+            if any(part in name for part in ("feature_", "gain", "mix", "sink_")):
                 parameter += 0.3 * torch.randn_like(parameter)
     return model
 
 
-def quantized_model(recipe: str = "stable", kind: str = "llama", **changes: Any) -> Any:
+def quantized_model(
+    recipe: str = "stable", kind: str = "llama", *, activation: str = "int8", **changes: Any
+) -> Any:
     model = linear_model(recipe, kind, **changes)
-    settings = {"activation": "int8", "skip": (), "embedding_format": "int8"}
+    settings = {"activation": activation, "skip": (), "embedding_format": "int8"}
     return fw.quantize_(model, "int4", group_size=32, **settings)
 
 
