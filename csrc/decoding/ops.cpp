@@ -20,22 +20,36 @@ enum NormIndex { kInputNorm, kMlpNorm, kQNorm, kKNorm, kNorms };
 enum MapIndex { kQMap, kKMap, kMix, kDecay, kSink, kQGain, kKGain, kMaps };
 enum StateIndex { kRingK, kRingV, kRingF, kStateS, kStateZ, kPosition, kStates };
 
-const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, const char* letters) {
+// Copies of tensors that came with other strides; they live as long as the call.
+using Copies = std::vector<Tensor>;
+
+const Tensor& in_order(const Tensor& t, Copies& copies) {
+  if (t.is_contiguous()) return t;
+  copies.push_back(torch::stable::contiguous(t));
+  return copies.back();
+}
+
+void check_floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, const char* letters) {
   check_cpu(kOp, name, t);
   check_dtype(kOp, name, t, ScalarType::Float, "");
   check_shape(kOp, name, t, sizes, letters, "");
-  check(t.is_contiguous(), kOp, "expected ", name, " to be contiguous, got another layout");
-  return static_cast<const float*>(t.const_data_ptr());
+}
+
+const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, const char* letters,
+                    Copies& copies) {
+  check_floats(name, t, sizes, letters);
+  return static_cast<const float*>(in_order(t, copies).const_data_ptr());
 }
 
 // The same, or null for an empty tensor.
 const float* optional_floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
-                             const char* letters) {
-  return t.numel() == 0 ? nullptr : floats(name, t, sizes, letters);
+                             const char* letters, Copies& copies) {
+  return t.numel() == 0 ? nullptr : floats(name, t, sizes, letters, copies);
 }
 
 float* mutable_floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, const char* letters) {
-  floats(name, t, sizes, letters);
+  check_floats(name, t, sizes, letters);
+  check(t.is_contiguous(), kOp, "expected ", name, " to be contiguous, got another layout");
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
@@ -56,17 +70,17 @@ struct Format {
   int64_t group_size;
 };
 
-Linear linear(const Tensor& packed, const Tensor* bias, const Format& format, int64_t out, int64_t in) {
-  return {quantization::weight_of(kOp, packed, format.name, out, in, format.group_size),
-          bias ? optional_floats("biases", *bias, {out}, "[out_features]") : nullptr};
+Linear linear(const Tensor& packed, const Tensor* bias, const Format& format, int64_t out, int64_t in, Copies& copies) {
+  return {quantization::weight_of(kOp, in_order(packed, copies), format.name, out, in, format.group_size),
+          bias ? optional_floats("biases", *bias, {out}, "[out_features]", copies) : nullptr};
 }
 
 // Pointers to the tensors of one layer, each checked.
 Layer layer_of(const Sizes& n, const Format& format, const Tensor* weights, const Tensor* biases, const Tensor* norms,
-               const Tensor* maps, const Tensor* states) {
+               const Tensor* maps, const Tensor* states, Copies& copies) {
   const int64_t heads = n.heads * n.dim, kv_heads = n.kv_heads * n.dim;
   const auto projection = [&](int i, int64_t out, int64_t in) {
-    return linear(weights[i], biases ? &biases[i] : nullptr, format, out, in);
+    return linear(weights[i], biases ? &biases[i] : nullptr, format, out, in, copies);
   };
   Layer layer{projection(kQ, heads, n.width),
               projection(kK, kv_heads, n.width),
@@ -75,20 +89,20 @@ Layer layer_of(const Sizes& n, const Format& format, const Tensor* weights, cons
               projection(kGate, n.intermediate, n.width),
               projection(kUp, n.intermediate, n.width),
               projection(kDown, n.width, n.intermediate),
-              floats("norms", norms[kInputNorm], {n.width}, "[D]"),
-              floats("norms", norms[kMlpNorm], {n.width}, "[D]"),
+              floats("norms", norms[kInputNorm], {n.width}, "[D]", copies),
+              floats("norms", norms[kMlpNorm], {n.width}, "[D]", copies),
               positions(states[kPosition], n.rows),
               {}};
   AttentionArgs& a = layer.attention;
-  a.q_norm = optional_floats("norms", norms[kQNorm], {n.dim}, "[K]");
-  a.k_norm = optional_floats("norms", norms[kKNorm], {n.dim}, "[K]");
-  a.q_map = floats("maps", maps[kQMap], {n.heads, n.dim, n.features / 2}, "[HQ, K, F/2]");
-  a.k_map = floats("maps", maps[kKMap], {n.state_heads, n.dim, n.features / 2}, "[HS, K, F/2]");
-  a.mix = floats("maps", maps[kMix], {n.heads}, "[HQ]");
-  a.decay = optional_floats("maps", maps[kDecay], {n.state_heads, n.features}, "[HS, F]");
-  a.sink = optional_floats("maps", maps[kSink], {n.heads, n.dim + 1}, "[HQ, K + 1]");
-  a.q_gain = optional_floats("maps", maps[kQGain], {n.heads, n.dim + 1}, "[HQ, K + 1]");
-  a.k_gain = optional_floats("maps", maps[kKGain], {n.state_heads, n.dim + 1}, "[HS, K + 1]");
+  a.q_norm = optional_floats("norms", norms[kQNorm], {n.dim}, "[K]", copies);
+  a.k_norm = optional_floats("norms", norms[kKNorm], {n.dim}, "[K]", copies);
+  a.q_map = floats("maps", maps[kQMap], {n.heads, n.dim, n.features / 2}, "[HQ, K, F/2]", copies);
+  a.k_map = floats("maps", maps[kKMap], {n.state_heads, n.dim, n.features / 2}, "[HS, K, F/2]", copies);
+  a.mix = floats("maps", maps[kMix], {n.heads}, "[HQ]", copies);
+  a.decay = optional_floats("maps", maps[kDecay], {n.state_heads, n.features}, "[HS, F]", copies);
+  a.sink = optional_floats("maps", maps[kSink], {n.heads, n.dim + 1}, "[HQ, K + 1]", copies);
+  a.q_gain = optional_floats("maps", maps[kQGain], {n.heads, n.dim + 1}, "[HQ, K + 1]", copies);
+  a.k_gain = optional_floats("maps", maps[kKGain], {n.state_heads, n.dim + 1}, "[HS, K + 1]", copies);
   a.k_ring = mutable_floats("states", states[kRingK], {n.rows, n.kv_heads, n.window, n.dim}, "[B, HKV, w, K]");
   a.v_ring = mutable_floats("states", states[kRingV], {n.rows, n.kv_heads, n.window, n.dim}, "[B, HKV, w, K]");
   a.kf_ring = mutable_floats("states", states[kRingF], {n.rows, n.state_heads, n.window, n.features}, "[B, HS, w, F]");
@@ -131,17 +145,18 @@ Tensor decode_step(const Tensor& x, const std::vector<Tensor>& weights, const st
         " or HQ = ", n.heads, " heads, got ", n.state_heads);
   check(n.window > 0, kOp, "expected states with a window of at least 1, got ", n.window);
 
+  Copies copies;
   std::vector<Layer> stack;
   for (int64_t l = 0; l < layers; ++l) {
     stack.push_back(layer_of(n, {format, group_size}, &weights[size_t(l * kWeights)],
                              biases.empty() ? nullptr : &biases[size_t(l * kWeights)], &norms[size_t(l * kNorms)],
-                             &maps[size_t(l * kMaps)], &states[size_t(l * kStates)]));
+                             &maps[size_t(l * kMaps)], &states[size_t(l * kStates)], copies));
   }
-  const Linear output = linear(head, nullptr, {head_format, head_group_size}, vocab, n.width);
+  const Linear output = linear(head, nullptr, {head_format, head_group_size}, vocab, n.width, copies);
   const Settings settings{float(scale), float(norm_eps), rotated_features, activation == "int8"};
-  const float* norm = floats("final_norm", final_norm, {n.width}, "[D]");
-  const float* frequencies = floats("inv_freq", inv_freq, {n.dim / 2}, "[K/2]");
-  const float* source = floats("x", x, {n.rows, n.width}, "[B, D]");
+  const float* norm = floats("final_norm", final_norm, {n.width}, "[D]", copies);
+  const float* frequencies = floats("inv_freq", inv_freq, {n.dim / 2}, "[K/2]", copies);
+  const float* source = floats("x", x, {n.rows, n.width}, "[B, D]", copies);
   Tensor logits = torch::stable::new_empty(x, {n.rows, vocab});
   if (n.rows == 0) return logits;
 

@@ -10,6 +10,7 @@ from fastweights.conversion import (
     save,
     transfer_attention,
 )
+from fastweights.generation import generate, load_state, prefill
 from fastweights.ops.attention.functional import (
     hybrid_attention,
     hybrid_attention_step,
@@ -25,13 +26,16 @@ __all__ = [
     "HybridState",
     "QuantizedTensor",
     "dequantize",
+    "generate",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
     "linearize",
     "load",
+    "load_state",
     "perplexity",
+    "prefill",
     "quantize",
     "quantize_",
     "quantized_linear",

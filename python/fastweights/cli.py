@@ -33,6 +33,18 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; argparse's own exit for one that is not understood."""
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
+    # argparse takes no further words for a `*` argument once an option has come between.
+    if options.command == "generate" and not any(word.startswith("-") for word in rest):
+        options.prompts += rest
+    elif rest:
+        root.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -42,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a request that cannot be met (one line on stderr says why); 130 if interrupted.
     """
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         result: int = options.run(options) or 0
         return result

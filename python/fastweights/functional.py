@@ -5,6 +5,7 @@ from fastweights.ops.attention.functional import (
     hybrid_attention_step,
     window_attention,
 )
+from fastweights.ops.decoding.functional import decode_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.quantization.functional import (
     dequantize,
@@ -15,6 +16,7 @@ from fastweights.ops.quantization.functional import (
 )
 
 __all__ = [
+    "decode_step",
     "dequantize",
     "dequantize_rows",
     "hybrid_attention",

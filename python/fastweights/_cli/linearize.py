@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from typing import Any
 
@@ -51,6 +52,14 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="training time (default: 10); 0 only converts",
     )
+    p.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        default=[512],
+        metavar="N",
+        help="tokens of a training sequence; several are taken in turn (default: 512)",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the training (default: 0)")
     p.add_argument("--json", metavar="FILE", help="write losses, times and sizes there")
     p.set_defaults(run=run)
@@ -63,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     source = existing(options.model, "a model folder or a .gguf file")
     texts = read_texts(options.text) if options.text else None
     folder = output_folder(options.out)
+    checkpoints = folder / "checkpoints"
 
     import fastweights as fw
     from fastweights import data
@@ -79,13 +89,14 @@ def run(options: argparse.Namespace) -> int:
         shares = {"transfer_attention": _TRANSFER_SHARE, "recover": 1 - _TRANSFER_SHARE}
         for name, share in shares.items():
             say(f"{name}: {options.minutes * share:.1f} minutes on {len(tokens)} tokens")
-            checkpoint = folder / f"{name}.checkpoint"
+            checkpoint = checkpoints / f"{name}.safetensors"
             train = getattr(fw, name)
             log = train(
                 model,
                 tokens,
                 minutes=options.minutes * share,
                 seed=options.seed,
+                length=options.length,
                 checkpoint=checkpoint,
             )
             if log.interrupted:
@@ -98,8 +109,7 @@ def run(options: argparse.Namespace) -> int:
                 "losses": log.losses,
             }
     fw.save(model, tokenizer, folder)
-    for name in stages:
-        (folder / f"{name}.checkpoint").unlink(missing_ok=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     say(f"wrote {folder}")
     if options.json:
         report = {

@@ -93,6 +93,8 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """The heads' outputs `[B, HQ, K]`; the state goes one token on."""
+    if len(q) == 0:
+        return torch.zeros_like(q)
     q_map, k_map, mix, decay, sink, q_gain, k_gain = maps
     turned_q, turned_k = rotate(q), rotate(k)
     source_q, source_k = (turned_q, turned_k) if rotated_features else (q, k)
