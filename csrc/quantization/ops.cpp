@@ -11,8 +11,7 @@ namespace fastweights::quantization {
 namespace {
 
 bool activation_quantized(const char* op, const std::string& activation) {
-  check(activation == "int8" || activation == "float", op, "expected activation int8 or float, got '", activation,
-        "'");
+  check(activation == "int8" || activation == "float", op, "expected activation int8 or float, got '", activation, "'");
   return activation == "int8";
 }
 
@@ -65,8 +64,7 @@ Tensor linear(const char* op, const Tensor& x, const Weight& w, const std::optio
   const bool wide = element == Element::f64 && !quantized;
   const PackedActivations packed(quantized, wide, M, w);
   args.x = packed.view;
-  const ActivationArgs source{element, rows.data,          rows.stride, M, w.K, w.group, w.groups,
-                              extras.prologue, packed.view};
+  const ActivationArgs source{element, rows.data, rows.stride, M, w.K, w.group, w.groups, extras.prologue, packed.view};
   parallel_tasks((M + kSourceRows - 1) / kSourceRows, 8.0 * double(kSourceRows * w.K),
                  [&](int64_t begin, int64_t end) { pack(source, begin, end); });
   const int64_t blocks = (M + kRowBlock - 1) / kRowBlock;
@@ -118,8 +116,8 @@ Tensor quantized_linear_backward(const Tensor& dy, const Tensor& packed, const s
   if (rows.count == 0 || w.K == 0) return dx;
   const int64_t chunk_groups = std::max<int64_t>(1, 128 / w.group);
   const int64_t chunks = (w.groups + chunk_groups - 1) / chunk_groups;
-  const BackwardArgs args{w,          element_of(dy.scalar_type()), rows.data, rows.stride, rows.count, dx.mutable_data_ptr(),
-                          chunk_groups, chunks};
+  const BackwardArgs args{w,          element_of(dy.scalar_type()), rows.data,    rows.stride,
+                          rows.count, dx.mutable_data_ptr(),        chunk_groups, chunks};
   const int64_t blocks = (rows.count + kRowBlock - 1) / kRowBlock;
   parallel_tasks(blocks * chunks, 2.0 * double(std::min(rows.count, kRowBlock) * w.N * w.group),
                  [&](int64_t begin, int64_t end) { FW_KERNEL(backward)(args, begin, end); });

@@ -88,9 +88,9 @@ def decode_step(
     return logits
 
 
-@torch.library.register_fake("fastweights::decode_step")
 def _fake(x: Tensor, *args: object, vocab: int, **options: object) -> Tensor:
     return x.new_empty(x.shape[0], vocab)
 
 
+torch.library.register_fake("fastweights::decode_step", _fake)
 refuse_gradients("decode_step")
