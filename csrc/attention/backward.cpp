@@ -45,8 +45,8 @@ static void store_rows(S* dst, int64_t stride, const Compute<S>* src, int64_t ld
 }
 
 // p.x holds u_i · v_j and becomes the gradient of the scores; p.da becomes that of the similarities. Returns the
-// gradient of mix; with a sink, dsink receives its. With features the sum over a window is taken off at its maximum, in equal parts where several keys
-// share it; without, the maximum cancels.
+// gradient of mix; with a sink, dsink receives its. With features the sum over a window is taken off at its maximum, in
+// equal parts where several keys share it; without, the maximum cancels.
 template <typename T>
 static T score_gradients(const Pair<T>& p, T* dsink, const T* sink, const T* m, const T* c_of, int64_t ld, T mix,
                          const Inputs& a, const Span& s, const Windows<T>& win, const Decay<T>& decay) {

@@ -57,10 +57,10 @@ struct BackwardArgs {
   void *dq = nullptr, *dqf = nullptr;                 // element [B, T, HQ, ·]
   void *dk = nullptr, *dv = nullptr, *dkf = nullptr;  // compute [HQ, rows, padded D], zero on entry
   int64_t rows = 0, K_pad = 0, V_pad = 0, F_pad = 0;  // rows: those of the past included
-  void* dg = nullptr;     // compute [B, T, HQ], or [sequences, HQ, F] of a decay per channel, or null
-  void* dsink = nullptr;  // compute [B, T, HQ], or null
-  void* dmix = nullptr;                               // compute [sequences, HQ], or null
-  void *dS0 = nullptr, *dz0 = nullptr;                // compute [sequences, HQ, F, V] and [sequences, HQ, F], or null
+  void* dg = nullptr;                   // compute [B, T, HQ], or [sequences, HQ, F] of a decay per channel, or null
+  void* dsink = nullptr;                // compute [B, T, HQ], or null
+  void* dmix = nullptr;                 // compute [sequences, HQ], or null
+  void *dS0 = nullptr, *dz0 = nullptr;  // compute [sequences, HQ, F, V] and [sequences, HQ, F], or null
 };
 
 // Sums `partial` [HQ, rows, D_pad] over the query heads of each of H heads, into tokens and past. A task is one head

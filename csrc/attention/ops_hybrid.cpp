@@ -96,16 +96,13 @@ Arguments read_hybrid(const char* op, const Tensor& q, const Tensor& k, const Te
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> hybrid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf,
-                                                    const Tensor& kf, const Tensor& mix, const OptionalTensor& g,
-                                                    const OptionalTensor& sink, const OptionalTensor& k_ring,
-                                                    const OptionalTensor& v_ring, const OptionalTensor& kf_ring,
-                                                    const OptionalTensor& S0, const OptionalTensor& z0,
-                                                    const OptionalTensor& position, const OptionalTensor& cu_seqlens,
-                                                    int64_t window, bool terraced, double scale,
-                                                    bool output_final_state) {
-  Arguments a = read_hybrid("hybrid_attention", q, k, v, qf, kf, mix, g, sink, {k_ring, v_ring, kf_ring, S0, z0, position},
-                            cu_seqlens, window, terraced, scale);
+std::tuple<Tensor, Tensor, Tensor> hybrid_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf, const Tensor& kf, const Tensor& mix,
+    const OptionalTensor& g, const OptionalTensor& sink, const OptionalTensor& k_ring, const OptionalTensor& v_ring,
+    const OptionalTensor& kf_ring, const OptionalTensor& S0, const OptionalTensor& z0, const OptionalTensor& position,
+    const OptionalTensor& cu_seqlens, int64_t window, bool terraced, double scale, bool output_final_state) {
+  Arguments a = read_hybrid("hybrid_attention", q, k, v, qf, kf, mix, g, sink,
+                            {k_ring, v_ring, kf_ring, S0, z0, position}, cu_seqlens, window, terraced, scale);
   const Inputs& in = a.in;
   Tensor o = a.make({a.B, a.T, in.HQ, in.V}, q.scalar_type());
   Tensor S = output_final_state ? a.make({in.sequences, in.HS, in.F, in.V}, a.compute()) : a.absent();
@@ -125,12 +122,12 @@ using Thirteen =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Thirteen hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& grad_S, const OptionalTensor& grad_z,
-                                 const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf, const Tensor& kf,
-                                 const Tensor& mix, const OptionalTensor& g, const OptionalTensor& sink,
-                                 const OptionalTensor& k_ring, const OptionalTensor& v_ring,
-                                 const OptionalTensor& kf_ring, const OptionalTensor& S0, const OptionalTensor& z0,
-                                 const OptionalTensor& position, const OptionalTensor& cu_seqlens, int64_t window,
-                                 bool terraced, double scale) {
+                                   const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qf,
+                                   const Tensor& kf, const Tensor& mix, const OptionalTensor& g,
+                                   const OptionalTensor& sink, const OptionalTensor& k_ring,
+                                   const OptionalTensor& v_ring, const OptionalTensor& kf_ring,
+                                   const OptionalTensor& S0, const OptionalTensor& z0, const OptionalTensor& position,
+                                   const OptionalTensor& cu_seqlens, int64_t window, bool terraced, double scale) {
   const char* op = "hybrid_attention_backward";
   Arguments a = read_hybrid(op, q, k, v, qf, kf, mix, g, sink, {k_ring, v_ring, kf_ring, S0, z0, position}, cu_seqlens,
                             window, terraced, scale);
@@ -189,7 +186,8 @@ Thirteen hybrid_attention_backward(const Tensor& grad_o, const OptionalTensor& g
 STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def(
       "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor qf, Tensor kf, Tensor mix, Tensor? g, Tensor? sink, "
-      "Tensor? k_ring, Tensor? v_ring, Tensor? kf_ring, Tensor? S0, Tensor? z0, Tensor? position, Tensor? cu_seqlens, *, "
+      "Tensor? k_ring, Tensor? v_ring, Tensor? kf_ring, Tensor? S0, Tensor? z0, Tensor? position, Tensor? cu_seqlens, "
+      "*, "
       "int window, bool terraced, float scale, bool output_final_state) -> (Tensor o, Tensor S, Tensor z)");
   m.def(
       "hybrid_attention_backward(Tensor grad_o, Tensor? grad_S, Tensor? grad_z, Tensor q, Tensor k, Tensor v, "

@@ -223,7 +223,8 @@ static void step_tasks(const StepArgs& a, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const int64_t group = a.HQ / a.HS;
   const int64_t sizes[] = {
-      a.K + L, a.K + L, a.V + L, group * whole_vectors<T>(a.F), a.ring + 2 * L, group * whole_vectors<T>(a.V), group, a.F + L};
+      a.K + L, a.K + L, a.V + L, group * whole_vectors<T>(a.F), a.ring + 2 * L, group * whole_vectors<T>(a.V),
+      group,   a.F + L};
   size_t bytes = 0;
   for (int64_t size : sizes) bytes += Scratch::take_bytes<T>(size);
   Scratch memory(bytes);

@@ -44,8 +44,8 @@ FW_INLINE void gemm_tile(int64_t K, const T* A, int64_t am, int64_t ak, const T*
 }
 
 template <typename T, int MR>
-static __attribute__((noinline)) void gemm_rows(int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
-                      int64_t ldc, bool accumulate) {
+static __attribute__((noinline)) void gemm_rows(int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B,
+                                                int64_t ldb, T* C, int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<T>, NV = kTileVectors;
   int64_t n = 0;
   for (; n + NV * L <= N; n += NV * L) gemm_tile<T, MR, NV>(K, A, am, ak, B + n, ldb, C + n, ldc, accumulate);

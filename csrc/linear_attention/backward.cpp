@@ -70,9 +70,9 @@ class ChunkedBackward {
   static size_t bytes(const Problem& p, int64_t columns, int64_t heads) {
     const int64_t c = chunk_of(p), Kp = padded<T>(p.K), ld = padded<T>(columns), cp = padded<T>(c);
     const auto take = [](int64_t n) { return Scratch::take_bytes<T>(n); };
-    return Chunk<T>::bytes(p, columns) + (kMostChunks + 2) * take(ld * Kp) + take(heads * Kp * ld) +
-           take(heads * Kp) + take(heads) + take(Kp * cp) + take(ld * cp) + 2 * take(cp * cp) + 2 * take(cp * ld) +
-           2 * take(cp * Kp) + take(cp * kLanes<T>) + take(2 * padded<T>(p.V));
+    return Chunk<T>::bytes(p, columns) + (kMostChunks + 2) * take(ld * Kp) + take(heads * Kp * ld) + take(heads * Kp) +
+           take(heads) + take(Kp * cp) + take(ld * cp) + 2 * take(cp * cp) + 2 * take(cp * ld) + 2 * take(cp * Kp) +
+           take(cp * kLanes<T>) + take(2 * padded<T>(p.V));
   }
 
   void select(int64_t head) {
@@ -155,8 +155,8 @@ class ChunkedBackward {
       read_out<T, Triangle::upper>(n, Kp, task.columns, {chunk.v, ld, 1}, {dST, Kp}, scalar ? chunk.suffix : nullptr,
                                    {dP, 1, cp}, {chunk.q, Kp}, dk, Kp);
     }
-    read_out<T, Triangle::upper>(n, ld, p.K, {chunk.k_out, Kp, 1}, {dS, ld}, nullptr,
-                                 {P, weights.column, weights.row}, {G, ld}, dv, ld);
+    read_out<T, Triangle::upper>(n, ld, p.K, {chunk.k_out, Kp, 1}, {dS, ld}, nullptr, {P, weights.column, weights.row},
+                                 {G, ld}, dv, ld);
     update<T>(p.K, ld, n, chunk.total, channel, {chunk.q_in, 1, Kp}, {G, ld}, dS, ld);
 
     for (int64_t i = 0; i < n; ++i) {
@@ -178,8 +178,7 @@ class ChunkedBackward {
   }
 
   // G: the gradient of the numerator and the denominator, which is the sum of a row's weights.
-  void load_gradients(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state,
-                      Left<T> weights) {
+  void load_gradients(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state, Left<T> weights) {
     for (int64_t i = 0; i < n; ++i) {
       T denominator = T(1);
       if (p.normalize) {
@@ -196,8 +195,7 @@ class ChunkedBackward {
       gradient += dot(chunk.q + i * Kp, dq + i * Kp, Kp) - dot(chunk.k + i * Kp, dk + i * Kp, Kp);
       // The identity leaves a rounding error where the exact gradient, exp(g) times something, is zero.
       const T exact = chunk.decay[i] == T(0) ? T(0) : gradient;
-      if (p.gate == Gate::token)
-        static_cast<T*>(a.dg.data)[s.offset(a.dg, start + i, partial(task))] = exact;
+      if (p.gate == Gate::token) static_cast<T*>(a.dg.data)[s.offset(a.dg, start + i, partial(task))] = exact;
       sum_over_tokens += exact;
     }
   }

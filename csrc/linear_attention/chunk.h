@@ -48,8 +48,14 @@ FW_INLINE Vec<T> flush(Vec<T> x) {
 class Ahead {
  public:
   Ahead(const Problem& problem, const Sequence& sequence, const Task& task, int64_t start, int64_t end)
-      : p(problem), s(sequence), head(task.head), key_head(task.key_head), column(task.column), width(task.width),
-        at(start), last(end < sequence.length ? end : sequence.length) {}
+      : p(problem),
+        s(sequence),
+        head(task.head),
+        key_head(task.key_head),
+        column(task.column),
+        width(task.width),
+        at(start),
+        last(end < sequence.length ? end : sequence.length) {}
 
   void operator()() {
     for (int64_t stop = at + 2 < last ? at + 2 : last; at < stop; ++at) {
@@ -222,7 +228,8 @@ FW_INLINE void channel_triangle(int64_t n, int64_t Kp, const T* q, const T* k, c
 }
 
 // What the triangle of the channels passes on: with W[i, j] the channel's decays of tokens j + 1 to i and dP the
-// gradient of the weights, dq[i] += sum over j of dP[i, j] k[j] W[i, j] and dk[j] += sum over i of dP[i, j] q[i] W[i, j].
+// gradient of the weights, dq[i] += sum over j of dP[i, j] k[j] W[i, j] and dk[j] += sum over i of dP[i, j] q[i] W[i,
+// j].
 template <typename T>
 FW_INLINE void channel_triangle_backward(int64_t n, int64_t Kp, const T* q, const T* k, const T* decay, const T* dP,
                                          int64_t ld, T* dq, T* dk) {

@@ -30,15 +30,14 @@ class ChunkedForward {
   void run(int64_t first_task, int64_t heads) {
     Task task = Task::of(p, first_task);
     const Sequence s = Sequence::of(p, task.n);
-    for (int64_t h = 0; h < heads; ++h) load_state(a.p.initial, Task::of(p, first_task + h), p.K, p.HV, p.normalize,
-                                                   S + h * p.K * ld, ld);
+    for (int64_t h = 0; h < heads; ++h)
+      load_state(a.p.initial, Task::of(p, first_task + h), p.K, p.HV, p.normalize, S + h * p.K * ld, ld);
     for (int64_t start = 0; start < s.length; start += c) {
       const int64_t n = s.length - start < c ? s.length - start : c;
       for (int64_t h = 0; h < heads; ++h) {
         task = Task::of(p, first_task + h);
         T* state = S + h * p.K * ld;
-        if (a.states && start % kSegment == 0)
-          keep_state(a.states, p, task, s.slot + start / kSegment, state, ld);
+        if (a.states && start % kSegment == 0) keep_state(a.states, p, task, s.slot + start / kSegment, state, ld);
         chunk.load(p, s, task, start, n, !a.only_states);
         const bool last = h + 1 == heads;
         const int64_t next = last ? start + c : start;
@@ -60,8 +59,7 @@ class ChunkedForward {
            Scratch::take_bytes<T>(c * ld) + Scratch::take_bytes<T>(cp * kLanes<T>);
   }
 
-  void write_outputs(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state,
-                     Ahead& ahead) {
+  void write_outputs(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state, Ahead& ahead) {
     const bool channel = p.gate == Gate::channel;
     if (channel) {
       channel_triangle(n, chunk.Kp, chunk.q, chunk.k, chunk.decay, P, cp, part);
@@ -74,8 +72,7 @@ class ChunkedForward {
     const bool direct = !p.normalize && sizeof(T) == size_of(a.o.element) && task.width == ld;
     T* out = direct ? static_cast<T*>(a.o.data) + s.offset(a.o, start, task.head) + task.column : o;
     const int64_t ld_out = direct ? a.o.time * s.step : ld;
-    read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ld}, nullptr, scores, {chunk.v, ld}, out, ld_out,
-                ahead);
+    read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ld}, nullptr, scores, {chunk.v, ld}, out, ld_out, ahead);
     if (direct) return;
     for (int64_t i = 0; i < n; ++i) {
       T* row = o + i * ld;

@@ -246,8 +246,9 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
     check(z->is_contiguous(), op, "expected z to be contiguous, got strides of a view");
   }
 
-  const auto rows = [](const Tensor& t) { return Rows{t.data_ptr(), t.stride(0), 0, t.stride(1),
-                                                      element_of(t.scalar_type())}; };
+  const auto rows = [](const Tensor& t) {
+    return Rows{t.data_ptr(), t.stride(0), 0, t.stride(1), element_of(t.scalar_type())};
+  };
   const Tensor qr = readable(q), kr = readable(k), vr = readable(v);
   OptionalTensor gr;
   StepArgs args{};

@@ -36,8 +36,7 @@ template <typename T>
 FW_INLINE void advance(int64_t K, int64_t columns, T* S, int64_t ld, const T* q, const T* k, const T* v, const T* a,
                        int64_t a_step, T* o) {
   int64_t i = 0;
-  for (; i + 4 <= K; i += 4)
-    advance_rows<T, 4>(columns, S + i * ld, ld, q + i, k + i, v, a + i * a_step, a_step, o);
+  for (; i + 4 <= K; i += 4) advance_rows<T, 4>(columns, S + i * ld, ld, q + i, k + i, v, a + i * a_step, a_step, o);
   for (; i < K; ++i) advance_rows<T, 1>(columns, S + i * ld, ld, q + i, k + i, v, a + i * a_step, a_step, o);
 }
 

@@ -108,8 +108,7 @@ FW_INLINE void store_state(const States& s, const Task& task, int64_t K, int64_t
       T* out = static_cast<T*>(s.S) + task.n * s.sequence + task.head * s.head + i * s.key + task.column * s.value;
       for (int64_t j = 0; j < task.width; ++j) out[j * s.value] = row[j];
     }
-    if (normalize && s.z && task.tile == 0)
-      static_cast<T*>(s.z)[(task.n * HV + task.head) * K + i] = row[task.width];
+    if (normalize && s.z && task.tile == 0) static_cast<T*>(s.z)[(task.n * HV + task.head) * K + i] = row[task.width];
   }
 }
 

@@ -35,45 +35,32 @@ FW_INLINE Shorts odd_bytes(Words w) {
 
 template <Format F>
 struct Dot {
-  FW_INLINE Words start(int32_t) {
-    return zero<int32_t>();
-  }
+  FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     return add_pairs(add_pairs(acc, even_bytes(w), even_bytes(x)), odd_bytes(w), odd_bytes(x));
   }
-  FW_INLINE Words finish(Words acc) {
-    return acc;
-  }
+  FW_INLINE Words finish(Words acc) { return acc; }
 };
 
 #if defined(__AVX512VNNI__)
 
 template <>
 struct Dot<Format::int4> {
-  FW_INLINE Words start(int32_t) {
-    return zero<int32_t>();
-  }
+  FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
-    return bit_cast<Words>(
-        _mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
+    return bit_cast<Words>(_mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
   }
-  FW_INLINE Words finish(Words acc) {
-    return acc;
-  }
+  FW_INLINE Words finish(Words acc) { return acc; }
 };
 
 // The instruction wants one side unsigned: codes + 128, taken back as 128 times the sum of the activations.
 template <>
 struct Dot<Format::int8> {
-  FW_INLINE Words start(int32_t sum) {
-    return set1(-128 * sum);
-  }
+  FW_INLINE Words start(int32_t sum) { return set1(-128 * sum); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     return Dot<Format::int4>::dot(acc, w ^ set1(int32_t(0x80808080)), x);
   }
-  FW_INLINE Words finish(Words acc) {
-    return acc;
-  }
+  FW_INLINE Words finish(Words acc) { return acc; }
 };
 
 #elif defined(__AVX2__) && !defined(__AVX512BW__) && !defined(FW_WIDE)
@@ -82,9 +69,7 @@ struct Dot<Format::int8> {
 template <>
 struct Dot<Format::int4> {
   static_assert(kBlock / 4 * 2 * 15 * 127 < 32768);
-  FW_INLINE Words start(int32_t) {
-    return zero<int32_t>();
-  }
+  FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     const __m256i pairs = _mm256_maddubs_epi16(bit_cast<__m256i>(w), bit_cast<__m256i>(x));
     return bit_cast<Words>(_mm256_add_epi16(bit_cast<__m256i>(acc), pairs));
@@ -97,17 +82,13 @@ struct Dot<Format::int4> {
 // |x| times w with the sign of x: no pair exceeds 2 * 127 * 127 = 32258, since codes and activations avoid -128.
 template <>
 struct Dot<Format::int8> {
-  FW_INLINE Words start(int32_t) {
-    return zero<int32_t>();
-  }
+  FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     const __m256i a = bit_cast<__m256i>(x);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(bit_cast<__m256i>(w), a));
     return acc + bit_cast<Words>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  FW_INLINE Words finish(Words acc) {
-    return acc;
-  }
+  FW_INLINE Words finish(Words acc) { return acc; }
 };
 
 #endif

@@ -16,9 +16,9 @@ namespace fastweights::quantization {
 
 enum class Format : int { int4, int8 };
 
-constexpr int64_t kStrip = 16;      // outputs per strip
-constexpr int64_t kLine = 64;       // bytes of a line, and of a group's parameters
-constexpr int64_t kBlock = 32;      // inputs that share one activation scale
+constexpr int64_t kStrip = 16;       // outputs per strip
+constexpr int64_t kLine = 64;        // bytes of a line, and of a group's parameters
+constexpr int64_t kBlock = 32;       // inputs that share one activation scale
 constexpr int64_t kIntRows = 4;      // rows per panel of int8 activations
 constexpr int64_t kFloatRows = 6;    // rows per panel of float activations
 constexpr int64_t kSourceRows = 12;  // rows of x per pack_activations task: whole panels of both kinds
@@ -27,18 +27,18 @@ constexpr int64_t kRowBlock = 60;    // rows of x per matmul task: whole panels 
 struct Weight {
   Format format;
   int64_t N, K, group;
-  int64_t strips, groups;             // ceil(N / 16), ceil(K / group)
-  int64_t group_bytes, strip_bytes;   // bytes of one group of one strip, of one strip
+  int64_t strips, groups;            // ceil(N / 16), ceil(K / group)
+  int64_t group_bytes, strip_bytes;  // bytes of one group of one strip, of one strip
   const uint8_t* packed;
 };
 
 // Task = strip: fits scales and minima of 16 outputs and packs their codes.
 struct QuantizeArgs {
-  Weight weight;     // its shape; `packed` is not read
+  Weight weight;  // its shape; `packed` is not read
   Element element;
-  const void* w;     // [N, K], rows w_stride elements apart
+  const void* w;  // [N, K], rows w_stride elements apart
   int64_t w_stride;
-  uint8_t* packed;   // out
+  uint8_t* packed;  // out
 };
 FW_DECLARE_KERNEL(quantize, QuantizeArgs)
 
@@ -56,7 +56,7 @@ FW_DECLARE_KERNEL(dequantize, DequantizeArgs)
 struct Prologue {
   const float* norm_weight;  // [K] or null: x <- x * norm_weight / sqrt(mean(x^2) + norm_eps)
   float norm_eps;
-  bool gated;                // x holds 2K elements: x <- silu(x[:K]) * x[K:]
+  bool gated;  // x holds 2K elements: x <- silu(x[:K]) * x[K:]
 };
 
 // Activations as the matmul kernels read them, padded with zeros to whole groups. Rows come in panels of R = kIntRows
@@ -70,8 +70,8 @@ struct Activations {
   int8_t* codes;
   float* scales;
   int32_t* code_sums;
-  void* values;    // float, or double for Element::f64
-  void* sums;      // float, or double for values in double
+  void* values;  // float, or double for Element::f64
+  void* sums;    // float, or double for values in double
 };
 
 // Task = kSourceRows rows of x.
@@ -93,7 +93,7 @@ struct MatmulArgs {
   const void* bias;               // [N] or null
   const void* residual;           // [M, N], rows residual_stride apart, or null
   int64_t residual_stride;
-  void* y;                        // out [M, N], rows y_stride apart
+  void* y;  // out [M, N], rows y_stride apart
   int64_t y_stride;
 };
 FW_DECLARE_KERNEL(matmul_int8, MatmulArgs)
@@ -105,7 +105,7 @@ struct BackwardArgs {
   Element element;  // of dy and dx
   const void* dy;   // [M, N], rows dy_stride apart
   int64_t dy_stride, M;
-  void* dx;         // out [M, K]
+  void* dx;  // out [M, K]
   int64_t chunk_groups, chunks;
 };
 FW_DECLARE_KERNEL(backward, BackwardArgs)

@@ -9,9 +9,9 @@ namespace fastweights::quantization::FW_LEVEL {
 using namespace ::fastweights::FW_LEVEL;
 
 using Words = Vec<int32_t>;
-constexpr int kWords = kLanes<int32_t>;           // outputs per vector
-constexpr int kParts = int(kStrip) / kWords;      // vectors per line
-constexpr int64_t kAhead = 2048;                  // bytes that the software prefetch runs ahead of the loads
+constexpr int kWords = kLanes<int32_t>;       // outputs per vector
+constexpr int kParts = int(kStrip) / kWords;  // vectors per line
+constexpr int64_t kAhead = 2048;              // bytes that the software prefetch runs ahead of the loads
 
 template <Format F>
 constexpr int64_t kLineInputs = F == Format::int4 ? 8 : 4;

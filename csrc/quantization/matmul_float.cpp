@@ -133,8 +133,7 @@ template <Format F, typename T>
 static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
   const Weight& w = a.weight;
   const bool row_form = a.M == 1 && sizeof(T) == 4;
-  Scratch scratch(Scratch::take_bytes<T>(kRowBlock * kStrip) +
-                  Scratch::take_bytes<T>(row_form ? 0 : w.group * kStrip));
+  Scratch scratch(Scratch::take_bytes<T>(kRowBlock * kStrip) + Scratch::take_bytes<T>(row_form ? 0 : w.group * kStrip));
   T* sums = scratch.take<T>(kRowBlock * kStrip);
   T* codes = scratch.take<T>(row_form ? 0 : w.group * kStrip);
   for (int64_t task = begin; task < end; ++task) {

@@ -20,8 +20,9 @@ FW_INLINE Words quartet(const uint8_t* lines, int64_t q, int part) {
 
 // sums[R][16] += one group of one strip times one panel of R rows.
 template <Format F, bool Packed, int R>
-static __attribute__((noinline)) void group_tile(const uint8_t* lines, const Parameters& p, int64_t blocks, const int8_t* codes,
-                       const float* scales, const int32_t* code_sums, const float* group_sums, float* sums) {
+static __attribute__((noinline)) void group_tile(const uint8_t* lines, const Parameters& p, int64_t blocks,
+                                                 const int8_t* codes, const float* scales, const int32_t* code_sums,
+                                                 const float* group_sums, float* sums) {
   using D = Dot<F>;
   Vec<float> part[R][kParts] = {};
   for (int64_t b = 0; b < blocks; ++b) {

@@ -120,8 +120,8 @@ static void pack_group(const float* w, int64_t n, int64_t group, uint8_t* out) {
     store_as(parameters + kStrip + first, fit.minimum);
     const Floats inverse = inverse_of(fit.scale);
     for (int64_t k = 0; k < n; ++k) {
-      const Words code = __builtin_convertvector(nearest_code<F>(load(w + k * kStrip + first), inverse, fit.minimum),
-                                                 Words);
+      const Words code =
+          __builtin_convertvector(nearest_code<F>(load(w + k * kStrip + first), inverse, fit.minimum), Words);
       const int64_t line = k / kLineInputs<F>, t = k % 4, high = F == Format::int4 ? k / 4 % 2 : 0;
       for (int lane = 0; lane < kWords; ++lane) {
         out[line * kLine + (first + lane) * 4 + t] |= uint8_t(code[lane] << (4 * high));

@@ -27,7 +27,7 @@ def _sequences(spec: OpSpec) -> Iterator[dict[str, Any]]:
 
 def _between(spec: OpSpec, bound: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     def cut(name: str, value: Any) -> Any:
-        timed = name in spec.time and isinstance(value, Tensor) and value.dim() > 1
+        timed = name in spec.time and isinstance(value, Tensor) and value.dim() > 2
         return value[:, start:stop] if timed else value
 
     return {name: cut(name, value) for name, value in bound.items()}
@@ -38,7 +38,7 @@ def _token(spec: OpSpec, bound: dict[str, Any], t: int, known: set[str]) -> dict
     cut = _between(spec, bound, t, t + 1)
 
     def at(name: str, value: Any) -> Any:
-        timed = name in spec.time and isinstance(value, Tensor) and value.dim() > 1
+        timed = name in spec.time and isinstance(value, Tensor) and value.dim() > 2
         return value[:, 0] if timed else value
 
     return {name: at(name, value) for name, value in cut.items() if name in known}

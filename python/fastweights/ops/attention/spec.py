@@ -91,8 +91,19 @@ def _hybrid_samples(dtype: torch.dtype) -> list[Sample]:
             *_hybrid(dtype, 2, 37, 4, 2, 2), window=6, layout="terraced", output_final_state=True,
             initial_state=_state(dtype, 2, [3, 17], window=6, layout="terraced", HF=2, HS=2),
         ),
+        sample(
+            *_hybrid(dtype, 1, 70, 4, 2, 2, decay=(2, 7)), window=9, sink=_sink(dtype, 1, 70),
+            output_final_state=True,
+        ),
+        sample(*_hybrid(dtype, 2, 45, 4, 2, 4, decay=(4, 7)), window=4, layout="terraced"),
         sample(*_hybrid(dtype, 1, 0, 4, 2, 2), window=3, output_final_state=True),
     ]  # fmt: skip
+
+
+def _sink(dtype: torch.dtype, B: int, T: int) -> Tensor:
+    """Scores of the sink, some of them above and some below those of the window."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    return 2 * torch.randn(B, T, 4, generator=torch.Generator().manual_seed(4)).to(state)
 
 
 def _step_sample(dtype: torch.dtype, layout: Layout, decay: tuple[int, ...] | None) -> Sample:
@@ -205,7 +216,7 @@ SPECS: list[OpSpec] = [
         reference=reference.hybrid_attention,
         samples=_hybrid_samples,
         tolerances=_TOLERANCES,
-        differentiable=("q", "k", "v", "qf", "kf", "mix", "g"),
+        differentiable=("q", "k", "v", "qf", "kf", "mix", "g", "sink"),
         gradcheck=lambda: [
             sample(*_hybrid(torch.float64, 1, 36, 2, 1, 2, K=3, V=2, F=3, decay=(2,)), window=5),
             sample(
@@ -234,7 +245,7 @@ SPECS: list[OpSpec] = [
                 r"hybrid_attention: expected mix of shape \[HQ\] = \[4\]",
             ),
         ],
-        time=("q", "k", "v", "qf", "kf", "g"),
+        time=("q", "k", "v", "qf", "kf", "g", "sink"),
         step=functional.hybrid_attention_step,
         bench=[_bench_hybrid(512), _bench_hybrid(2048)],
     ),
