@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastweights._cli.terminal import existing, say
+
+if TYPE_CHECKING:
+    from fastweights.generation.loop import Generation
+    from fastweights.generation.state import GenerationState
 
 
 def add_parser(commands: Any) -> None:
@@ -83,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save_state and options.max_new_tokens == 0:
         fw.prefill(model, prompts[0], tokenizer=tokenizer, state=state).save(options.save_state)
         return 0
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
@@ -95,14 +99,15 @@ def run(options: argparse.Namespace) -> int:
     if options.stop:
         settings["stop"] = [*_end_tokens(model), *options.stop]
     if options.save_state:
-        result = fw.generate(model, prompts[0], return_state=True, **settings)
+        result = cast("Generation", fw.generate(model, prompts[0], return_state=True, **settings))
         print(result)
-        result.state.save(options.save_state)
+        cast("GenerationState", result.state).save(options.save_state)
     elif len(prompts) == 1:
         _stream(fw.generate(model, prompts[0], stream=True, **settings))
     else:
-        for prompt, result in zip(prompts, fw.generate(model, prompts, **settings), strict=True):
-            print(f"{prompt}{result}\n")
+        texts = cast("list[Generation]", fw.generate(model, prompts, **settings))
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{prompt}{text}\n")
     return 0
 
 
