@@ -220,6 +220,11 @@ SPECS: list[OpSpec] = [
         gradcheck=lambda: [
             sample(*_hybrid(torch.float64, 1, 36, 2, 1, 2, K=3, V=2, F=3, decay=(2,)), window=5),
             sample(
+                *_hybrid(torch.float64, 1, 36, 4, 2, 2, K=3, V=2, F=3, decay=(2, 3)),
+                window=5,
+                sink=_sink(torch.float64, 1, 36),
+            ),
+            sample(
                 *_hybrid(torch.float64, 1, 36, 2, 1, 1, K=3, V=2, F=3, decay=(1, 36, 2)),
                 window=4,
                 layout="terraced",
