@@ -49,6 +49,15 @@ def test_quantize_makes_it_smaller(folder: Path) -> None:
     assert size("int4") < size("linear") / 2
 
 
+def test_quantize_calibrates(folder: Path, tmp_path: Path) -> None:
+    command = ["quantize", str(folder / "linear"), "--out", str(tmp_path), "--group-size", "32"]
+    assert main([*command, "--calibrate", str(folder / "text.txt")]) == 0
+    plain, calibrated = (fw.load(path)[0] for path in (folder / "int4", tmp_path))
+    assert plain.lm_head.packed.equal(calibrated.lm_head.packed)
+    layers = [model.model.layers[0].mlp.down_proj.packed for model in (plain, calibrated)]
+    assert not layers[0].equal(layers[1])
+
+
 def test_generate_streams_to_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", str(folder / "int4"), "--max-new-tokens", "8"]
     assert main([*command, "The quick"]) == 0

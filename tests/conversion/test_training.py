@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import fastweights as fw
+from fastweights import data
 from fastweights.adapters import LoRALinear
 from fastweights.conversion import linearized_layers
 from fastweights.training import train
+from fastweights.training.loop import window_seed
 
 from .conftest import shake, tiny
 
@@ -88,9 +90,8 @@ def test_distillation_needs_no_second_model():
     whole = tiny()
     log = fw.recover(model, tokens, steps=1, length=30, distill=1.0, seed=4, **QUIET)
     with torch.no_grad():
-        from fastweights.training.loop import _windows
-
-        p = whole(_windows(tokens, 30, 1, (4, 0, 0))[:, :-1]).logits.softmax(-1)
+        inputs = data.windows(tokens, 31, 1, seed=window_seed(4, 0, 0))[:, :-1]
+        p = whole(inputs).logits.softmax(-1)
     entropy = -(p * p.log()).sum(-1).mean().item()
     assert entropy - 1e-4 <= log.losses[0] < entropy + 0.5
 

@@ -68,6 +68,20 @@ def pack(tokenizer: Any, documents: Iterable[str], *, separator: str = "\n\n\n")
     return torch.tensor([token for ids in batch for token in ids], dtype=torch.int64)
 
 
+def windows(tokens: Tensor, length: int, count: int, *, seed: int = 0) -> Tensor:
+    """`[count, length]` int64: runs of consecutive tokens from random places.
+
+    Args:
+        tokens: `[N]`, N >= length.
+        length: tokens of a window.
+        count: windows; they may overlap.
+        seed: of the places, which depend on nothing else.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
+    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+
+
 def _docstrings(path: Path) -> str:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))

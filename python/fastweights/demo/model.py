@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastweights import data
+from fastweights import data, perplexity
 
 # Held-out text is cut in two: short pieces for the overall figure, long ones for the positions.
 _SHORT_PIECES, _SHORT = 24, 512
 _LONG = 8192
 POSITIONS = (512, 2048, 4096, 8192)
-FAR_POSITIONS = (8192, 32768)
+_FAR = 32768
 
 
 def smollm2() -> Path:
@@ -48,6 +50,15 @@ class Text:
         train = data.pack(tokenizer, data.standard_library_docstrings())
         return cls(train, data.pack(tokenizer, data.topic_documents()))
 
+    def save(self, path: Path) -> None:
+        """Keep the tokens: making them takes seconds."""
+        save_file({"train": self.train, "held_out": self.held_out}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Text:
+        """What `save` wrote."""
+        return cls(**load_file(path))
+
 
 def perplexities(model: Any, held_out: Tensor, *, far: bool = False) -> dict[str, float]:
     """Held-out perplexity: "T=512" overall, and by position in long contexts.
@@ -55,14 +66,34 @@ def perplexities(model: Any, held_out: Tensor, *, far: bool = False) -> dict[str
     Args:
         model: a causal language model.
         held_out: `[N]`.
-        far: also "8192-32768", which takes the longest and which a softmax model cannot follow.
+        far: also "8192-32768", where a softmax model of 8192 positions cannot follow.
     """
-    from fastweights import perplexity
-
     result = {"T=512": perplexity(model, held_out[: _SHORT_PIECES * _SHORT], length=_SHORT)}
     rest = held_out[_SHORT_PIECES * _SHORT :]
     if far:
-        stream = rest[: FAR_POSITIONS[-1]]
-        edges = (*POSITIONS, *(e for e in FAR_POSITIONS[1:] if e <= len(stream)))
-        return result | perplexity(model, stream, by_position=edges)
+        return result | perplexity(model, rest[:_FAR], by_position=(*POSITIONS, _FAR))
     return result | perplexity(model, rest[:_LONG], by_position=POSITIONS)
+
+
+def drift(model: Any, held_out: Tensor) -> dict[str, float]:
+    """The text at positions 8192 to 32768 of one long context, and the same text at 4096 to 8192.
+
+    Only the same text tells whether a model loses its way or comes to a harder chapter.
+
+    Args:
+        model: a causal language model.
+        held_out: `[N]`.
+    """
+    rest = held_out[_SHORT_PIECES * _SHORT :][:_FAR]
+    far = perplexity(model, rest, by_position=(_LONG, len(rest)))
+    half = _LONG // 2
+    starts = range(half, len(rest) - _LONG + 1, half)
+    near = [
+        perplexity(model, rest[start : start + _LONG], by_position=(half, _LONG))
+        for start in starts
+    ]
+    logs = [math.log(row[f"{half}-{_LONG}"]) for row in near]
+    return {
+        f"{_LONG}-{len(rest)}": far[f"{_LONG}-{len(rest)}"],
+        f"the same text at {half}-{_LONG}": math.exp(sum(logs) / len(logs)),
+    }

@@ -1,6 +1,6 @@
 """Tokens per second and resident memory by the length of the context, in a process of its own.
 
-Run as `python -m fastweights.demo.speed DIR CONTEXT...`; prints one JSON object per context.
+Run as `python -m fastweights.demo.speed DIR TEXT CONTEXT...`; prints one JSON object per context.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ _STEPS = 64
 _REPEATS = 3
 
 
-def measure(model: Path, contexts: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def measure(model: Path, text: Path, contexts: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """{context: {"tokens/s": decoding, "MB": resident memory, "prefill tokens/s": ...}}.
 
     Args:
         model: a model folder or GGUF file.
+        text: tokens, as `Text.save` keeps them.
         contexts: ascending lengths. A converted model is read into once and goes on from there.
     """
-    command = [sys.executable, "-m", "fastweights.demo.speed", str(model), *map(str, contexts)]
+    command = [sys.executable, "-m", "fastweights.demo.speed", str(model), str(text)]
+    command += map(str, contexts)
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     lines = (json.loads(line) for line in run.stdout.splitlines())
     return {str(line.pop("context")): line for line in lines}
 
 
-def _main(path: str, contexts: list[int]) -> None:
+def _main(path: str, tokens: Path, contexts: list[int]) -> None:
     from fastweights import load
     from fastweights.generation.compiled import engine_for
 
-    model, tokenizer = load(path)
-    text = Text.of(tokenizer).train
+    model, _ = load(path)
+    text = Text.load(tokens).train
     state: GenerationState | None = None
     read = 0
     with torch.inference_mode():
@@ -83,4 +85,4 @@ def resident_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], [int(context) for context in sys.argv[2:]])
+    _main(sys.argv[1], Path(sys.argv[2]), [int(context) for context in sys.argv[3:]])

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastweights import linearize, load, recover, save, transfer_attention
 from fastweights._cli.quantize import quantize_for_decoding
-from fastweights.demo.model import Text, perplexities, smollm2
+from fastweights.demo.model import Text, drift, perplexities, smollm2
 from fastweights.demo.results import Results
 from fastweights.demo.speed import is_linear, measure
 
@@ -34,55 +34,73 @@ class Pipeline:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.original, self.text = folder / "original", folder / "text.safetensors"
         self.results = Results(folder / "results.json")
 
     def demo(self) -> None:
         """The main job and its figures."""
         stage, path = self.results.stage, self.folder
-        stage("original", lambda: self._measured(smollm2()))
-        stage("transfer", lambda: self._train(smollm2(), path / "transferred", _transfer))
+        stage("prepare", self._prepare)
+        stage("original", lambda: self._measured(self.original))
+        stage("transfer", lambda: self._train(self.original, path / "transferred", _transfer))
         stage("after transfer", lambda: self._measured(path / "transferred"))
         stage("recover", lambda: self._train(path / "transferred", path / "recovered", _recover))
-        stage("after LoRA", lambda: self._measured(path / "recovered", far=True))
+        stage("after LoRA", lambda: self._measured(path / "recovered"))
         stage("quantize", lambda: self._quantize(path / "recovered", path / "int4"))
         stage("after 4 bits", lambda: self._measured(path / "int4", far=True))
-        stage("speed of ours", lambda: measure(path / "int4", OURS))
-        stage("speed of transformers", lambda: measure(smollm2(), THEIRS))
+        stage("speed of ours", lambda: measure(path / "int4", self.text, OURS))
+        stage("speed of transformers", lambda: measure(self.original, self.text, THEIRS))
         stage("sample", lambda: _answer(path / "int4"))
 
     def report(self) -> None:
         """The demo, and what tells recovery from what merely looks like it."""
         self.demo()
-        stage, path, gguf = self.results.stage, self.folder, smollm2()
+        stage, path, original = self.results.stage, self.folder, self.original
+        stage("drift", lambda: self._drift(path / "recovered"))
         stage("swapped", lambda: self._control(lambda m: linearize(m)))
         stage("window only", lambda: self._control(_window_only))
         for name, change in (("window only", _window_only), ("original", _unchanged)):
             folder = path / f"{name} with LoRA".replace(" ", "-")
             stage(
                 f"{name}, recover",
-                lambda folder=folder, change=change: self._train(gguf, folder, _recover, change),
+                lambda folder=folder, change=change: self._train(
+                    original, folder, _recover, change
+                ),
             )
             stage(
                 f"{name} after LoRA",
                 lambda folder=folder, change=change: self._measured(folder, change=change),
             )
         published = path / "published-transferred"
-        stage("published, transfer", lambda: self._train(gguf, published, _transfer, _published))
+        stage(
+            "published, transfer", lambda: self._train(original, published, _transfer, _published)
+        )
         stage("published after transfer", lambda: self._measured(published))
         done = path / "published"
         stage("published, recover", lambda: self._train(published, done, _recover))
         stage("published after LoRA", lambda: self._measured(done))
 
+    def _prepare(self) -> dict[str, int]:
+        """The model as a folder, which opens faster than its GGUF file, and the text as tokens."""
+        model, tokenizer = load(smollm2())
+        save(model, tokenizer, self.original)
+        text = Text.of(tokenizer)
+        text.save(self.text)
+        return {"training tokens": len(text.train), "held-out tokens": len(text.held_out)}
+
     def _measured(
         self, source: Path, *, far: bool = False, change: Callable[[Any], Any] | None = None
     ) -> dict[str, float]:
-        model, tokenizer = load(source)
+        model, _ = load(source)
         if change is not None:
             model = change(model)
-        return perplexities(model, Text.of(tokenizer).held_out, far=far)
+        return perplexities(model, Text.load(self.text).held_out, far=far)
+
+    def _drift(self, source: Path) -> dict[str, float]:
+        return drift(load(source)[0], Text.load(self.text).held_out)
 
     def _control(self, change: Callable[[Any], Any]) -> dict[str, float]:
-        return self._measured(smollm2(), change=change)
+        return self._measured(self.original, change=change)
 
     def _train(
         self,
@@ -96,7 +114,7 @@ class Pipeline:
         if not is_linear(model):
             model = change(model)
         checkpoint = target.with_suffix(".checkpoint")
-        log = training(model, Text.of(tokenizer).train, checkpoint=checkpoint)
+        log = training(model, Text.load(self.text).train, checkpoint=checkpoint)
         if log.interrupted:
             raise Interrupted
         save(model, tokenizer, target)
@@ -105,7 +123,8 @@ class Pipeline:
 
     def _quantize(self, source: Path, target: Path) -> dict[str, float]:
         model, tokenizer = load(source)
-        quantize_for_decoding(model)
+        # The file's weights lie on a 4-bit grid of groups of 32: what LoRA left alone stays exact.
+        quantize_for_decoding(model, group_size=32, calibration=Text.load(self.text).train)
         save(model, tokenizer, target)
         return {"MB": sum(f.stat().st_size for f in target.glob("*.safetensors")) / 1e6}
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastweights.generation.memory import release_free_memory
 from fastweights.generation.state import GenerationState, fingerprint
+
+# Chunks of a prompt between two releases of free memory: often enough that it does not pile up,
+# rarely enough that the time does not show.
+_CHUNKS_PER_RELEASE = 8
 
 
 class Engine(Protocol):
@@ -59,6 +64,7 @@ class ModuleEngine:
             logits = None if start is None else start.logits
             parts.append(_feed(self._model, tokens, cache, self._chunk, logits))
             self._groups.append((rows, cache))
+        release_free_memory()
         return self._in_order(parts)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -123,7 +129,9 @@ def _feed(
     from fastweights.integrations.transformers import cache_argument
 
     options = {**cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
-    for part in tokens.split(chunk, 1) if tokens.numel() else ():
+    for index, part in enumerate(tokens.split(chunk, 1) if tokens.numel() else ()):
         logits = model(part, **options).logits[:, -1].float()
+        if index % _CHUNKS_PER_RELEASE == _CHUNKS_PER_RELEASE - 1:
+            release_free_memory()
     assert logits is not None
     return logits

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastweights.data.text import windows
 from fastweights.training.checkpoint import restore, store
 from fastweights.training.precision import autocast, resolve_precision
 
@@ -132,8 +133,11 @@ def train(
                 group["lr"] = group["peak"] * _rate(step, log.steps)
             loss = 0.0
             for part in range(accumulation):
-                batch = _windows(
-                    tokens, lengths[step % len(lengths)], batch_size, (seed, step, part)
+                batch = windows(
+                    tokens,
+                    lengths[step % len(lengths)] + 1,
+                    batch_size,
+                    seed=window_seed(seed, step, part),
                 )
                 with autocast(str(settings["precision"])):
                     loss += loss_and_backward(batch, 1 / accumulation) / accumulation
@@ -204,12 +208,9 @@ def _check(
         )
 
 
-def _windows(tokens: Tensor, length: int, count: int, key: tuple[int, int, int]) -> Tensor:
-    """`[count, length + 1]` consecutive tokens from random places that depend on `key` alone."""
-    seed, step, part = key
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + part) % 2**63)
-    starts = torch.randint(len(tokens) - length, (count,), generator=generator)
-    return torch.stack([tokens[start : start + length + 1] for start in starts.tolist()])
+def window_seed(seed: int, step: int, part: int) -> int:
+    """What the windows of forward pass `part` of a step depend on."""
+    return ((seed * 1_000_003 + step) * 1009 + part) % 2**63
 
 
 def _rate(step: int, steps: int) -> float:
