@@ -13,7 +13,7 @@ help:
 	@echo "make test     every test"
 	@echo "make lint     ruff, mypy --strict, clang-format, codespell      make format  fixes what can be fixed"
 	@echo "make bench    times an op against its rivals: make bench OP=linear_attention"
-	@echo "make report   the demo with its controls, for docs/linearize.md"
+	@echo "make report   the demo with its controls, into README.md and docs/linearize.md"
 	@echo "make asan     kernels under the address and undefined-behaviour sanitizers"
 	@echo "make wide     the code of the AVX-512 levels on emulated 64-byte vectors"
 	@echo "make cross    the library built by clang; the kernels on aarch64 under qemu-user"
@@ -47,6 +47,8 @@ demo: build
 
 report: build
 	$(PY) -m fastweights.demo --report
+	cp demo/results.json benchmarks/results/demo.json
+	$(PY) benchmarks/readme.py
 
 # ---- checks of the source ----------------------------------------------------------------------------------------
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
@@ -79,12 +81,14 @@ GENERIC := tests/test_ops.py tests/core/test_gemm.py tests/core/test_vmath.py
 
 SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+# The levels of this machine: others would only be compiled.
+HERE = $$($(PY) -c "from fastweights.testing import available_cpu_levels; print(len(available_cpu_levels()))")
 asan: build
-	$(call package,asan,-DFASTWEIGHTS_SANITIZE=ON)
+	$(call package,asan,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=$(HERE))
 	$(call with-package,asan,$(SANITIZERS)) $(GENERIC) -k "not compiles and not opcheck and not float64"
 
 wide: build
-	$(call package,wide,-DFASTWEIGHTS_WIDE=ON)
+	$(call package,wide,-DFASTWEIGHTS_WIDE=ON -DFASTWEIGHTS_LEVELS=2)
 	$(call with-package,wide,FASTWEIGHTS_CPU_LEVEL=avx2) $(GENERIC) -k "not compiles and not opcheck"
 
 CROSS_TOOLS := clang++ aarch64-linux-gnu-g++ qemu-aarch64

@@ -1,14 +1,15 @@
-"""Fill the generated sections of README.md: python benchmarks/readme.py
+"""Fill the generated sections of README.md and docs/linearize.md: python benchmarks/readme.py
 
 support: from the specs. chart: from benchmarks/results/linear_attention.json, which `fastweights
-bench linear_attention --out benchmarks/results` writes. demo: from benchmarks/results/demo.json,
-which `make demo` writes: {"caption": text, "header": [...], "rows": [[...]]}.
+bench linear_attention --out benchmarks/results` writes. demo, perplexity, speed, time: from
+benchmarks/results/demo.json, which `make report` writes.
 """
 
 import json
-import re
 from pathlib import Path
 
+from fastweights.demo import tables
+from fastweights.demo.results import Results
 from fastweights.testing.support import HEADER, support_rows
 from fastweights.testing.tables import markdown_table
 
@@ -17,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 CHART_DATA = RESULTS / "linear_attention.json"
 CHART = ROOT / "docs" / "images" / "linear_attention.svg"
 CASE = "B1 H8 T4096 D64"
+DEMO_DATA = RESULTS / "demo.json"
+DEMO_CHART = ROOT / "docs" / "images" / "demo.svg"
 
 
 def support():
@@ -24,11 +27,27 @@ def support():
 
 
 def demo():
-    path = RESULTS / "demo.json"
-    if not path.exists():
-        return ""
-    found = json.loads(path.read_text())
-    return f"{markdown_table(found['header'], found['rows'])}\n\n{found['caption']}"
+    results = Results(DEMO_DATA)
+    return (
+        f"{tables.summary_table(results)}\n\n"
+        f"SmolLM2-135M-Instruct on {tables.machine(results)}: `make demo`, "
+        f"{results.minutes(tables.DEMO_STAGES):.0f} minutes; more in "
+        "[docs/linearize.md](docs/linearize.md).\n\n"
+        f"![Tokens per second by context, perplexity by position](docs/images/{DEMO_CHART.name})"
+    )
+
+
+def perplexity():
+    return tables.perplexity_table(Results(DEMO_DATA))
+
+
+def speed():
+    results = Results(DEMO_DATA)
+    return f"{tables.speed_table(results)}\n\nOn {tables.machine(results)}."
+
+
+def time():
+    return tables.time_table(Results(DEMO_DATA))
 
 
 def chart_rows():
@@ -37,8 +56,6 @@ def chart_rows():
 
 
 def chart():
-    if not CHART_DATA.exists():
-        return ""
     machine = json.loads(CHART_DATA.read_text())["linear_attention"]["machine"]
     ours, *others = chart_rows()
     rival = min((r for r in others if "SDPA" in r["contender"]), key=lambda r: r["forward"])
@@ -79,19 +96,27 @@ def draw(rows):
     figure.savefig(CHART, metadata={"Date": None})
 
 
-def filled(text):
-    """The README with its generated sections made anew."""
-    for name, made in (("demo", demo), ("chart", chart), ("support", support)):
-        section = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        head, old, tail = text.partition(m[0]) if (m := section.search(text)) else (text, "", "")
-        assert old, f"README.md has no section {name}"
-        body = made()
-        text = head + m[1] + (f"\n{body}\n\n" if body else "") + m[2] + tail
+PAGES = {
+    "README.md": (demo, chart, support),
+    "docs/linearize.md": (perplexity, speed, time),
+}
+
+
+def filled(page):
+    """The text of a page with its generated sections made anew."""
+    text = (ROOT / page).read_text()
+    for section in PAGES[page]:
+        name = section.__name__
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        assert found and closed, f"{page} has no section {name}"
+        text = f"{before}{begin}\n{section()}\n\n{end}{after}"
     return text
 
 
 if __name__ == "__main__":
-    if CHART_DATA.exists():
-        draw(chart_rows())
-    page = ROOT / "README.md"
-    page.write_text(filled(page.read_text()))
+    draw(chart_rows())
+    tables.chart(Results(DEMO_DATA), DEMO_CHART)
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page))

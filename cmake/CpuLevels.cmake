@@ -12,10 +12,14 @@ endif()
 
 get_filename_component(FASTWEIGHTS_CSRC ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
 
+set(FASTWEIGHTS_LEVELS 4 CACHE STRING "How many CPU levels to build, from the lowest")
+add_compile_definitions(FW_LEVELS=${FASTWEIGHTS_LEVELS})
+
 function(fastweights_add_levels target sources)
   set(levels baseline)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     list(APPEND levels avx2 avx512 avx512_bf16)
+    list(SUBLIST levels 0 ${FASTWEIGHTS_LEVELS} levels)
   endif()
   foreach(level IN LISTS levels)
     add_library(kernels_${level} OBJECT ${sources})

@@ -1,5 +1,6 @@
 #include "core/cpu_level.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -21,16 +22,16 @@ bool has_f16c() noexcept {
 }
 #endif
 
-CpuLevel detect() noexcept {
+int detect() noexcept {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  return bf16 ? CpuLevel::avx512_bf16 : avx512 ? CpuLevel::avx512 : avx2 ? CpuLevel::avx2 : CpuLevel::baseline;
+  return bf16 ? 3 : avx512 ? 2 : avx2 ? 1 : 0;
 #else
-  return CpuLevel::baseline;
+  return 0;
 #endif
 }
 
@@ -53,7 +54,7 @@ std::atomic<int>& current() noexcept {
 
 }  // namespace
 CpuLevel best_cpu_level() noexcept {
-  static const CpuLevel best = detect();
+  static const CpuLevel best = static_cast<CpuLevel>(std::min(detect(), kCpuLevels - 1));
   return best;
 }
 

@@ -29,13 +29,9 @@ void set_cpu_level(const char* name);
 }  // namespace fastweights
 
 // FW_KERNEL(name): the variant, for the level that runs, of the kernel declared by FW_DECLARE_KERNEL in this namespace.
-#if defined(__x86_64__)
-#define FW_KERNEL(name)                                                                                   \
-  ([] {                                                                                                   \
-    static constexpr decltype(&baseline::name) variants[] = {&baseline::name, &avx2::name, &avx512::name, \
-                                                             &avx512_bf16::name};                         \
-    return variants[static_cast<int>(::fastweights::cpu_level())];                                        \
+#define FW_KERNEL(name)                                                                            \
+  ([] {                                                                                            \
+    static constexpr decltype(&baseline::name) variants[] = {FW_FOR_EACH_LEVEL(FW_VARIANT, name)}; \
+    return variants[static_cast<int>(::fastweights::cpu_level())];                                 \
   }())
-#else
-#define FW_KERNEL(name) (&baseline::name)
-#endif
+#define FW_VARIANT(level, name) &level::name,

@@ -8,30 +8,35 @@ namespace fastweights {
 enum class Element : int { f32, bf16, f16, f64 };
 }
 
-#if defined(__x86_64__)
-#define FW_FOR_EACH_LEVEL(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
+// FW_LEVELS is how many levels are built, from the lowest: a build for tests does with those that its machine has.
+#if !defined(__x86_64__)
+#undef FW_LEVELS
+#define FW_LEVELS 1
+#elif !defined(FW_LEVELS)
+#define FW_LEVELS 4
+#endif
+
+// FW_FOR_EACH_LEVEL(X, ...) is X(level, ...) for every level that is built.
+#if FW_LEVELS == 1
+#define FW_FOR_EACH_LEVEL(X, ...) X(baseline __VA_OPT__(, ) __VA_ARGS__)
+#elif FW_LEVELS == 2
+#define FW_FOR_EACH_LEVEL(X, ...) X(baseline __VA_OPT__(, ) __VA_ARGS__) X(avx2 __VA_OPT__(, ) __VA_ARGS__)
+#elif FW_LEVELS == 3
+#define FW_FOR_EACH_LEVEL(X, ...)        \
+  X(baseline __VA_OPT__(, ) __VA_ARGS__) \
+  X(avx2 __VA_OPT__(, ) __VA_ARGS__) X(avx512 __VA_OPT__(, ) __VA_ARGS__)
 #else
-#define FW_FOR_EACH_LEVEL(X) X(baseline)
+#define FW_FOR_EACH_LEVEL(X, ...)        \
+  X(baseline __VA_OPT__(, ) __VA_ARGS__) \
+  X(avx2 __VA_OPT__(, ) __VA_ARGS__)     \
+  X(avx512 __VA_OPT__(, ) __VA_ARGS__)   \
+  X(avx512_bf16 __VA_OPT__(, ) __VA_ARGS__)
 #endif
 
 // Declares `void name(const Args&, int64_t begin, int64_t end) noexcept` once per level, each in the namespace of its
 // level inside the current one. A kernel does the tasks [begin, end); what a task is, its Args say.
-#define FW_DECLARE_KERNEL(name, Args)                          \
-  namespace baseline {                                         \
-  void name(const Args&, int64_t begin, int64_t end) noexcept; \
-  }                                                            \
-  FW_DECLARE_X86(name, Args)
-#if defined(__x86_64__)
-#define FW_DECLARE_X86(name, Args)                             \
-  namespace avx2 {                                             \
-  void name(const Args&, int64_t begin, int64_t end) noexcept; \
-  }                                                            \
-  namespace avx512 {                                           \
-  void name(const Args&, int64_t begin, int64_t end) noexcept; \
-  }                                                            \
-  namespace avx512_bf16 {                                      \
+#define FW_DECLARE_KERNEL(name, Args) FW_FOR_EACH_LEVEL(FW_DECLARE_AT, name, Args)
+#define FW_DECLARE_AT(level, name, Args)                       \
+  namespace level {                                            \
   void name(const Args&, int64_t begin, int64_t end) noexcept; \
   }
-#else
-#define FW_DECLARE_X86(name, Args)
-#endif

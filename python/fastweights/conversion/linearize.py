@@ -34,8 +34,8 @@ def linearize(
     Every Llama-type attention (Llama, SmolLM, Mistral, Qwen2, Qwen3, found by structure and checked
     on a probe input) becomes a `LinearizedAttention` on the same projections. The new parameters
     start untrained: follow with `transfer_attention` and `recover`. The model stays a Hugging Face
-        model: `generate`, `Trainer` and
-    `save_pretrained` work as before, and `fastweights.load` opens what was saved.
+    model: `generate`, `Trainer` and `save_pretrained` work as before, and `fastweights.load` opens
+    what was saved.
 
     Args:
         model: a Hugging Face causal language model.

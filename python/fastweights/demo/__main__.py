@@ -10,7 +10,7 @@ import torch
 
 from fastweights._cli.terminal import fail, say, write_json
 from fastweights.demo.stages import Interrupted, Pipeline
-from fastweights.demo.tables import chart, insert, perplexity_table, speed_table, time_table
+from fastweights.demo.tables import chart, perplexity_table, speed_table, time_table
 from fastweights.testing import machine
 
 
@@ -18,14 +18,6 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m fastweights.demo", description=__doc__)
     p.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
     p.add_argument("--report", action="store_true", help="also the controls; about an hour")
-    p.add_argument(
-        "--pages",
-        type=Path,
-        nargs="*",
-        default=[],
-        metavar="FILE",
-        help="pages whose marked sections get the tables: perplexity, speed, time",
-    )
     return p
 
 
@@ -44,16 +36,9 @@ def main() -> int:
         return fail("demo", error)
     write_json(options.out / "results.json", results.data)
     chart(results, options.out / "chart.png")
-    tables = {
-        "perplexity": perplexity_table(results, controls=options.report),
-        "speed": speed_table(results),
-        "time": time_table(results),
-    }
-    for page in options.pages:
-        for name, table in tables.items():
-            insert(page, name, table)
+    tables = (perplexity_table(results), speed_table(results), time_table(results))
     sample = results.get("sample")
-    print(*tables.values(), f"> {sample['question']}\n\n{sample['answer']}", sep="\n\n")
+    print(*tables, f"> {sample['question']}\n\n{sample['answer']}", sep="\n\n")
     print(f"\nwrote {options.out / 'results.json'} and {options.out / 'chart.png'}")
     return 0
 

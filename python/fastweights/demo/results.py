@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class Results:
     def seconds(self, name: str) -> float:
         """How long a finished stage took."""
         return float(self.data["stages"][name]["seconds"])
+
+    def minutes(self, names: Iterable[str]) -> float:
+        """How long several stages took together, those that have not run left out."""
+        return sum(self.seconds(name) for name in names if self.get(name) is not None) / 60
 
     def get(self, name: str) -> Any:
         """The result of a finished stage, None if it has not run."""

@@ -8,7 +8,20 @@ from typing import Any
 from fastweights.demo.results import Results
 from fastweights.testing.tables import markdown_table
 
-_STAGES = ("original", "after transfer", "after LoRA", "after 4 bits")
+DEMO_STAGES = (
+    "prepare",
+    "original",
+    "transfer",
+    "after transfer",
+    "recover",
+    "after LoRA",
+    "quantize",
+    "after 4 bits",
+    "speed of ours",
+    "speed of transformers",
+    "sample",
+)
+_MODELS = ("original", "after transfer", "after LoRA", "after 4 bits")
 _CONTROLS = (
     "swapped",
     "window only",
@@ -16,14 +29,31 @@ _CONTROLS = (
     "original after LoRA",
     "published after transfer",
     "published after LoRA",
+    "drift",
 )
 _MODEL = "SmolLM2-135M-Instruct"
 
 
-def perplexity_table(results: Results, *, controls: bool = False) -> str:
+def summary_table(results: Results) -> str:
+    """What the demo reaches, in two rows."""
+    rows = (
+        ("softmax attention, float32, transformers", "original", "speed of transformers"),
+        ("linear attention, LoRA, 4 bits, fastweights", "after 4 bits", "speed of ours"),
+    )
+    contexts = list(results.get("speed of ours"))
+    cells = []
+    for name, model, speed in rows:
+        quality, measured = results.get(model), results.get(speed)
+        ours = [_number(measured.get(c, {}).get("tokens/s")) for c in contexts]
+        memory = max(row["MB"] for row in measured.values())
+        cells.append([name, *ours, f"{memory:.0f}", f"{quality['T=512']:.1f}"])
+    header = [f"tokens/s at {_tokens(c)}" for c in contexts]
+    return markdown_table(["", *header, "MB", "perplexity"], cells)
+
+
+def perplexity_table(results: Results) -> str:
     """Held-out perplexity, a row per model."""
-    names = [*_STAGES, *(_CONTROLS if controls else ())]
-    rows = [(name, results.get(name)) for name in names if results.get(name)]
+    rows = [(n, results.get(n)) for n in (*_MODELS, *_CONTROLS) if results.get(n)]
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     cells = [[name, *(_number(row.get(c)) for c in columns)] for name, row in rows]
     return markdown_table(["held-out perplexity", *map(_position, columns)], cells)
@@ -35,20 +65,34 @@ def speed_table(results: Results) -> str:
     cells = [
         [
             _tokens(c),
-            *(_number(s.get(c, {}).get(k)) for s in (ours, theirs) for k in ("tokens/s", "MB")),
+            *(
+                _number(s.get(c, {}).get(k), digits)
+                for s in (ours, theirs)
+                for k, digits in (("tokens/s", 1), ("prefill tokens/s", 0), ("MB", 0))
+            ),
         ]
         for c in ours
     ]
-    header = ["context", "ours, tokens/s", "ours, MB", "transformers, tokens/s", "transformers, MB"]
-    return markdown_table(header, cells)
+    kinds = ("tokens/s", "reading, tokens/s", "MB")
+    header = [f"{who}, {kind}" for who in ("ours", "transformers") for kind in kinds]
+    return markdown_table(["context", *header], cells)
 
 
 def time_table(results: Results) -> str:
     """Minutes of every stage."""
     names = list(results.data["stages"])
     cells = [[name, f"{results.seconds(name) / 60:.1f}"] for name in names]
-    total = sum(results.seconds(name) for name in names) / 60
-    return markdown_table(["stage", "minutes"], [*cells, ["all", f"{total:.1f}"]])
+    rest = [name for name in names if name not in DEMO_STAGES]
+    cells.append(["**the demo**", f"{results.minutes(DEMO_STAGES):.1f}"])
+    if rest:
+        cells.append(["**the controls**", f"{results.minutes(rest):.1f}"])
+    return markdown_table(["stage", "minutes"], cells)
+
+
+def machine(results: Results) -> str:
+    """The machine of a run, in words."""
+    facts = results.data["machine"]
+    return f"{facts['threads']} threads of {facts['cpu']} ({str(facts['cpu level']).split()[0]})"
 
 
 def chart(results: Results, path: Path) -> None:
@@ -56,6 +100,7 @@ def chart(results: Results, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastweights"
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
@@ -67,34 +112,20 @@ def chart(results: Results, path: Path) -> None:
     left.set(xscale="log", xlabel="tokens of context", ylabel="tokens/s", title="Decoding")
     left.set_ylim(bottom=0)
     left.legend()
-    for name in _STAGES:
+    for name in _MODELS:
         row = {k: v for k, v in results.get(name).items() if "-" in k}
         right.plot([_position(k) for k in row], list(row.values()), "o-", label=name)
     right.set(xlabel="position", ylabel="perplexity", title="Held-out text")
     right.set_ylim(bottom=0)
     right.legend()
-    machine = results.data["machine"]
-    figure.suptitle(f"{_MODEL} on {machine['cpu']}, {machine['threads']} threads")
+    figure.suptitle(f"{_MODEL} on {machine(results)}")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def insert(page: Path, marker: str, text: str) -> None:
-    """Puts `text` between the lines `<!-- marker -->` and `<!-- end marker -->` of a page.
-
-    Raises:
-        ValueError: the page lacks them.
-    """
-    begin, end = f"<!-- {marker} -->", f"<!-- end {marker} -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"expected the lines {begin} and {end} in {page}, found none")
-    page.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}", encoding="utf-8")
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _number(value: Any, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _tokens(count: str) -> str:
@@ -103,4 +134,9 @@ def _tokens(count: str) -> str:
 
 
 def _position(key: str) -> str:
-    return "–".join(_tokens(part) for part in key.split("-")) if key[0].isdigit() else key
+    """`0-512` becomes 0–512, `512-2048` 512–2k; other names stay."""
+    words = key.split(" ")
+    edges = words[-1].split("-")
+    if all(edge.isdigit() for edge in edges):
+        words[-1] = "–".join(map(_tokens, edges))
+    return " ".join(words)

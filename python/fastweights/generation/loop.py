@@ -118,8 +118,9 @@ def generate(
     Example:
         >>> import fastweights as fw
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32,
-        intermediate_size=64, ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+        >>> layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, **layers))
         >>> len(fw.generate(model, [1, 2, 3], max_new_tokens=5, stop=()).ids)
         5
     """
