@@ -48,8 +48,8 @@ def perplexity(
     """Exp of the mean negative log-likelihood of a text's tokens.
 
     The text streams through the model's cache in chunks and the logits of one chunk exist at a
-    time: with a converted model, memory does not depend on the length. Works for softmax models too,
-    whose cache grows.
+    time: with a converted model, memory does not depend on the length. Works for softmax models,
+    whose cache grows, too.
 
     Args:
         model: a Hugging Face causal language model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +60,28 @@ class Pipeline:
         stage("drift", lambda: self._drift(path / "recovered"))
         stage("swapped", lambda: self._control(lambda m: linearize(m)))
         stage("window only", lambda: self._control(_window_only))
+        # The same steps as in the demo, not the same minutes.
+        transfer, recover = self._again("transfer", _transfer), self._again("recover", _recover)
         for name, change in (("window only", _window_only), ("original", _unchanged)):
             folder = path / f"{name} with LoRA".replace(" ", "-")
             stage(
                 f"{name}, recover",
-                lambda folder=folder, change=change: self._train(
-                    original, folder, _recover, change
-                ),
+                lambda folder=folder, change=change: self._train(original, folder, recover, change),
             )
             stage(
                 f"{name} after LoRA",
                 lambda folder=folder, change=change: self._measured(folder, change=change),
             )
         published = path / "published-transferred"
-        stage(
-            "published, transfer", lambda: self._train(original, published, _transfer, _published)
-        )
+        stage("published, transfer", lambda: self._train(original, published, transfer, _published))
         stage("published after transfer", lambda: self._measured(published))
         done = path / "published"
-        stage("published, recover", lambda: self._train(published, done, _recover))
+        stage("published, recover", lambda: self._train(published, done, recover))
         stage("published after LoRA", lambda: self._measured(done))
+
+    def _again(self, name: str, training: Callable[..., Any]) -> Callable[..., Any]:
+        """`training` for as many steps as the stage `name` took."""
+        return partial(training, steps=self.results.get(name)["steps"], minutes=None)
 
     def _prepare(self) -> dict[str, int]:
         """The model as a folder, which opens faster than its GGUF file, and the text as tokens."""
@@ -129,12 +132,16 @@ class Pipeline:
         return {"MB": sum(f.stat().st_size for f in target.glob("*.safetensors")) / 1e6}
 
 
-def _transfer(model: Any, tokens: Any, **options: Any) -> Any:
-    return transfer_attention(model, tokens, minutes=TRANSFER_MINUTES, **options)
+def _transfer(
+    model: Any, tokens: Any, minutes: float | None = TRANSFER_MINUTES, **options: Any
+) -> Any:
+    return transfer_attention(model, tokens, minutes=minutes, **options)
 
 
-def _recover(model: Any, tokens: Any, **options: Any) -> Any:
-    return recover(model, tokens, minutes=RECOVER_MINUTES, **options)
+def _recover(
+    model: Any, tokens: Any, minutes: float | None = RECOVER_MINUTES, **options: Any
+) -> Any:
+    return recover(model, tokens, minutes=minutes, **options)
 
 
 def _published(model: Any) -> Any:
