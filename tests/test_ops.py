@@ -43,7 +43,7 @@ def test_ignores_thread_count(spec):
     checks.ignores_thread_count(spec)
 
 
-@over(lambda spec: spec.compiles)
+@over()
 def test_compiles(spec):
     checks.compiles(spec)
 

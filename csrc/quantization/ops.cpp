@@ -1,4 +1,4 @@
-// quantized_linear, its backward to the input, and the fused form for inference.
+// quantized_linear and its backward to the input.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,18 +15,16 @@ bool activation_quantized(const char* op, const std::string& activation) {
   return activation == "int8";
 }
 
-struct Extras {
-  Prologue prologue{nullptr, 0.0f, false};
-  const Tensor* residual = nullptr;
-};
-
-Tensor linear(const char* op, const Tensor& x, const Weight& w, const std::optional<Tensor>& bias, bool quantized,
-              const Extras& extras) {
+Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                        const std::string& format, int64_t out_features, int64_t in_features, int64_t group_size,
+                        const std::string& activation) {
+  constexpr const char* op = "quantized_linear";
+  const PackedWeight w = weight_of(op, packed, format, out_features, in_features, group_size);
+  const bool quantized = activation_quantized(op, activation);
   check_cpu(op, "x", x);
   check_floating(op, "x", x);
-  const int64_t width = w.K * (extras.prologue.gated ? 2 : 1);
-  check(x.dim() >= 1 && x.size(x.dim() - 1) == width, op, "expected x of shape [..., ",
-        extras.prologue.gated ? "2 in_features" : "in_features", "] = [..., ", width, "], got ", shape_of(x));
+  check(x.dim() >= 1 && x.size(x.dim() - 1) == w.K, op, "expected x of shape [..., in_features] = [..., ", w.K,
+        "], got ", shape_of(x));
   const Element element = element_of(x.scalar_type());
   const Rows rows = rows_of(x);
   const int64_t M = rows.count;
@@ -47,60 +45,19 @@ Tensor linear(const char* op, const Tensor& x, const Weight& w, const std::optio
     args.bias = bias_owner.const_data_ptr();
     args.bias_element = element_of(bias_owner.scalar_type());
   }
-  Rows residual;
-  if (extras.residual) {
-    const Tensor& r = *extras.residual;
-    check_cpu(op, "residual", r);
-    check_same_dtype(op, "residual", r, "x", x);
-    const auto got = r.sizes(), expected = y.sizes();
-    check(std::equal(got.begin(), got.end(), expected.begin(), expected.end()), op, "expected residual of shape ",
-          shape_of(y), " (from x and out_features), got ", shape_of(r));
-    residual = rows_of(r);
-    args.residual = residual.data;
-    args.residual_stride = residual.stride;
-  }
   if (M == 0 || w.N == 0) return y;
 
   const bool wide = element == Element::f64 && !quantized;
-  const PackedActivations packed(quantized, wide, M, w);
-  args.x = packed.view;
-  const ActivationArgs source{element, rows.data, rows.stride, M, w.K, w.group, w.groups, extras.prologue, packed.view};
+  const PackedActivations activations(quantized, wide, M, w);
+  args.x = activations.view;
+  const ActivationArgs source{
+      element, rows.data, rows.stride, M, w.K, w.group, w.groups, {nullptr, 0.0f, false}, activations.view};
   parallel_tasks((M + kSourceRows - 1) / kSourceRows, 8.0 * double(kSourceRows * w.K),
                  [&](int64_t begin, int64_t end) { pack(source, begin, end); });
   const int64_t blocks = (M + kRowBlock - 1) / kRowBlock;
   parallel_tasks(blocks * w.strips, 2.0 * double(std::min(M, kRowBlock) * kStrip * w.K),
                  [&](int64_t begin, int64_t end) { matmul(args, begin, end); });
   return y;
-}
-
-Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                        const std::string& format, int64_t out_features, int64_t in_features, int64_t group_size,
-                        const std::string& activation) {
-  constexpr const char* op = "quantized_linear";
-  const PackedWeight w = weight_of(op, packed, format, out_features, in_features, group_size);
-  return linear(op, x, w, bias, activation_quantized(op, activation), {});
-}
-
-Tensor quantized_linear_fused(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                              const std::optional<Tensor>& norm_weight, double norm_eps, bool gated,
-                              const std::optional<Tensor>& residual, const std::string& format, int64_t out_features,
-                              int64_t in_features, int64_t group_size, const std::string& activation) {
-  constexpr const char* op = "quantized_linear_fused";
-  const PackedWeight w = weight_of(op, packed, format, out_features, in_features, group_size);
-  Extras extras;
-  Tensor norm;
-  if (norm_weight) {
-    check_cpu(op, "norm_weight", *norm_weight);
-    check_dtype(op, "norm_weight", *norm_weight, ScalarType::Float, "");
-    check_shape(op, "norm_weight", *norm_weight, {w.K}, "[in_features]", "in_features");
-    check(norm_eps >= 0, op, "expected norm_eps >= 0, got ", norm_eps);
-    norm = torch::stable::contiguous(*norm_weight);
-    extras.prologue.norm_weight = static_cast<const float*>(norm.const_data_ptr());
-    extras.prologue.norm_eps = float(norm_eps);
-  }
-  extras.prologue.gated = gated;
-  if (residual) extras.residual = &*residual;
-  return linear(op, x, w, bias, activation_quantized(op, activation), extras);
 }
 
 Tensor quantized_linear_backward(const Tensor& dy, const Tensor& packed, const std::string& format,
@@ -134,14 +91,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def(
       "quantized_linear_backward(Tensor dy, Tensor packed, str format, int out_features, int in_features, "
       "int group_size) -> Tensor");
-  m.def(
-      "quantized_linear_fused(Tensor x, Tensor packed, Tensor? bias, Tensor? norm_weight, float norm_eps, bool gated, "
-      "Tensor? residual, str format, int out_features, int in_features, int group_size, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {
   using namespace fastweights::quantization;
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward));
-  m.impl("quantized_linear_fused", TORCH_BOX(&quantized_linear_fused));
 }

@@ -12,7 +12,6 @@ from fastweights.ops.quantization.reference import (
     dequantize_rows,
     quantize,
     quantized_linear,
-    quantized_linear_fused,
 )
 
 __all__ = [
@@ -25,6 +24,5 @@ __all__ = [
     "linear_attention_step",
     "quantize",
     "quantized_linear",
-    "quantized_linear_fused",
     "window_attention",
 ]

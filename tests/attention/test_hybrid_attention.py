@@ -150,17 +150,3 @@ def test_equal_scores_share_the_gradient_of_the_maximum():
         grads.append(torch.autograd.grad(o.square().sum(), x))
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-
-
-def test_step_compiles_into_one_graph():
-    x, mix = tokens(T=1, dtype=torch.float32), torch.full((4,), 0.5)
-    _, state = fw.hybrid_attention(
-        *tokens(dtype=torch.float32), mix, window=6, output_final_state=True
-    )
-    states = [HybridState(*(t.clone() for t in state.tensors())) for _ in range(2)]
-    step = torch.compile(fw.hybrid_attention_step, fullgraph=True, backend="aot_eager")
-    token = [t[:, 0] for t in x]
-    expected = fw.hybrid_attention_step(*token, mix, state=states[0], window=6)
-    torch.testing.assert_close(step(*token, mix, state=states[1], window=6), expected)
-    for got, want in zip(states[1].tensors(), states[0].tensors(), strict=True):
-        torch.testing.assert_close(got, want)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import fastweights as fw
-from fastweights import functional
 from fastweights.ops.quantization import reference
 from fastweights.ops.quantization.tensor import packed_shape
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
@@ -104,22 +103,6 @@ def test_autocast_casts_the_input_only():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = fw.quantized_linear(x, qt, torch.zeros(20))
     assert_equal(y, fw.quantized_linear(x.bfloat16(), qt, torch.zeros(20)))
-
-
-def test_fused_is_the_sum_of_its_parts():
-    qt = weight(40, 100, activation="float")
-    x, norm, residual = torch.randn(3, 100), torch.rand(100) + 0.5, torch.randn(3, 40)
-    normed = torch.nn.functional.rms_norm(x, (100,), norm, 1e-5)
-    got = functional.quantized_linear_fused(
-        x, qt, norm_weight=norm, norm_eps=1e-5, residual=residual
-    )
-    assert_close(got, fw.quantized_linear(normed, qt) + residual, tolerance=1e-5)
-
-
-def test_fused_refuses_gradients():
-    x = torch.randn(3, 100, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="quantized_linear_fused"):
-        functional.quantized_linear_fused(x, weight(40, 100)).sum().backward()
 
 
 def test_qt_is_a_pytree():

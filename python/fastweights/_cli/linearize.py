@@ -11,7 +11,7 @@ from fastweights._cli.terminal import existing, output_folder, read_texts, say, 
 
 # Of the training time, what the new attention gets before the whole model: in trials more of it
 # stopped paying.
-_TRANSFER_SHARE = 0.35
+_TRANSFER_SHARE = 0.3
 
 
 def add_parser(commands: Any) -> None:

@@ -162,7 +162,7 @@ class OpSpec:
         peers: rivals in the benchmark.
         oracle_dtype: dtype that floating arguments are widened to for the reference; None leaves
             them (for ops whose result depends on the dtype, such as quantizers).
-        compiles: whether the function works under torch.compile(fullgraph=True) and torch.export.
+        exports: False where torch.export itself fails on the function, which torch.compile serves.
     """
 
     name: str
@@ -181,7 +181,7 @@ class OpSpec:
     bench: Sequence[BenchCase] = ()
     peers: Sequence[Peer] = ()
     oracle_dtype: torch.dtype | None = torch.float64
-    compiles: bool = True
+    exports: bool = True
 
     def __str__(self) -> str:
         return self.name

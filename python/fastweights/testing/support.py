@@ -9,7 +9,7 @@ from fastweights.testing.tables import print_table
 
 __all__ = ["HEADER", "print_support", "support_rows"]
 
-HEADER = ("op", "family", "cpu", "cuda", "dtypes", "gradients", "compile")
+HEADER = ("op", "family", "cpu", "cuda", "dtypes", "gradients", "compile, export")
 _SHORT = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -39,7 +39,7 @@ def support_rows() -> list[tuple[str, ...]]:
             _device(spec, "CUDA"),
             " ".join(_SHORT[dtype] for dtype in _SHORT if dtype in spec.tolerances),
             ", ".join(spec.differentiable) or ("in place" if spec.mutates else "none"),
-            "yes" if spec.compiles else "no",
+            "yes" if spec.exports else "compile",
         )
         for spec in all_specs()
     ]

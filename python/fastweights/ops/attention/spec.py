@@ -262,8 +262,8 @@ SPECS: list[OpSpec] = [
         samples=_step_samples,
         tolerances=_TOLERANCES,
         mutates=("state",),
-        # torch.export's guards confuse the state's fields k and kf; tests/attention compiles it.
-        compiles=False,
+        # torch.export's guards confuse the state's fields k and kf.
+        exports=False,
         bad_inputs=[
             BadInput(
                 _call(

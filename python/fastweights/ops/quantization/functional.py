@@ -21,7 +21,6 @@ __all__ = [
     "dequantize_rows",
     "quantize",
     "quantized_linear",
-    "quantized_linear_fused",
 ]
 
 _ops = torch.ops.fastweights
@@ -139,61 +138,6 @@ def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None)
     return result
 
 
-def quantized_linear_fused(
-    x: Tensor,
-    qt: QuantizedTensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    gated: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`quantized_linear` with what a decoder puts around it, in one call. For inference only.
-
-    ``y = f(x) W^T + bias + residual``, where f is the identity, an RMS norm
-    ``x * norm_weight / sqrt(mean(x^2) + norm_eps)``, a gate ``silu(x[..., :K]) * x[..., K:]``, or
-    the gate followed by the norm.
-
-    Args:
-        x: ``[..., K]``, or ``[..., 2 K]`` when `gated`.
-        qt: weight ``[N, K]``.
-        bias: ``[N]``.
-        norm_weight: float32 ``[K]``.
-        norm_eps: added to the mean square.
-        gated: whether x holds the gate and the value of a SwiGLU block side by side.
-        residual: ``[..., N]`` in the dtype of x, added to the result.
-
-    Raises:
-        RuntimeError: sizes that do not match.
-        NotImplementedError: in backward.
-    """
-    if needs_reference(x, qt.packed):
-        return reference.quantized_linear_fused(
-            x,
-            qt,
-            bias,
-            norm_weight=norm_weight,
-            norm_eps=norm_eps,
-            gated=gated,
-            residual=residual,
-        )
-    result: Tensor = _ops.quantized_linear_fused(
-        x,
-        qt.packed,
-        bias,
-        norm_weight,
-        norm_eps,
-        gated,
-        residual,
-        qt.format,
-        *qt.shape,
-        qt.group_size,
-        qt.activation,
-    )
-    return result
-
-
 def _quantize_fake(w: Tensor, format: str, group_size: int) -> Tensor:
     return w.new_empty(packed_shape(format, w.shape[0], w.shape[1], group_size), dtype=torch.uint8)
 
@@ -212,21 +156,6 @@ def _dequantize_rows_fake(
 
 def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None, format: str, n: int, *layout: Any
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n))
-
-
-def _fused_fake(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    gated: bool,
-    residual: Tensor | None,
-    format: str,
-    n: int,
-    *layout: Any,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
@@ -257,7 +186,6 @@ torch.library.register_fake("fastweights::quantize", _quantize_fake)
 torch.library.register_fake("fastweights::dequantize", _dequantize_fake)
 torch.library.register_fake("fastweights::dequantize_rows", _dequantize_rows_fake)
 torch.library.register_fake("fastweights::quantized_linear", _linear_fake)
-torch.library.register_fake("fastweights::quantized_linear_fused", _fused_fake)
 torch.library.register_fake("fastweights::quantized_linear_backward", _linear_backward_fake)
 torch.library.register_autograd(
     "fastweights::quantized_linear", _backward, setup_context=_setup_context
@@ -274,12 +202,3 @@ def _autocast(x: Tensor, *rest: Any) -> Tensor:
 
 
 torch.library.impl("fastweights::quantized_linear", "AutocastCPU", _autocast)
-
-
-def _fused_backward(ctx: Any, dy: Tensor) -> None:
-    raise NotImplementedError(
-        "quantized_linear_fused: it is for inference and has no gradient; use quantized_linear"
-    )
-
-
-torch.library.register_autograd("fastweights::quantized_linear_fused", _fused_backward)

@@ -12,7 +12,6 @@ __all__ = [
     "dequantize_rows",
     "quantize",
     "quantized_linear",
-    "quantized_linear_fused",
     "unpack",
 ]
 
@@ -59,27 +58,6 @@ def dequantize_rows(
     """Same contract as `fastweights.functional.dequantize_rows`."""
     rows: Tensor = dequantize(qt, dtype)[index]
     return rows
-
-
-def quantized_linear_fused(
-    x: Tensor,
-    qt: QuantizedTensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    gated: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Same contract as `fastweights.functional.quantized_linear_fused`."""
-    row = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if gated:
-        gate, value = row.chunk(2, -1)
-        row = torch.nn.functional.silu(gate) * value
-    if norm_weight is not None:
-        row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + norm_eps) * norm_weight
-    y = quantized_linear(row, qt, bias)
-    return (y if residual is None else y + residual).to(x.dtype)
 
 
 def quantize_activations(x: Tensor) -> Tensor:

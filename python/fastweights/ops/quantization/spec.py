@@ -54,21 +54,6 @@ def _samples(dtype: torch.dtype) -> list[Sample]:
     return [*_linear_samples("float", dtype), vector, *int8]
 
 
-def _fused_samples(dtype: torch.dtype) -> list[Sample]:
-    mode = "float" if dtype == torch.float64 else "int8"
-    weight, exact = _weight(40, 100, "int4", 64, mode), _weight(40, 100, "int8", 32)
-    norm = torch.rand(100, generator=torch.Generator().manual_seed(3)) + 0.5
-    residual, bias = _x(5, 40, dtype=dtype, seed=4), _x(40, dtype=dtype, seed=5)
-    x, pair = _x(5, 100, dtype=dtype), _x(5, 200, dtype=dtype)
-    return [
-        sample(x, weight, norm_weight=norm, norm_eps=1e-5),
-        sample(x[:1], exact, bias, norm_weight=norm, residual=residual[:1]),
-        sample(pair, weight, gated=True, residual=residual),
-        sample(pair, exact, bias, gated=True, norm_weight=norm),
-        sample(pair[:0], weight, gated=True),
-    ]
-
-
 def _raw(**changed: object) -> Tensor:
     """`torch.ops.fastweights.quantized_linear` of a weight [48, 100] with some arguments wrong."""
     call: dict[str, object] = {
@@ -125,62 +110,6 @@ LINEAR_BAD = [
 ]
 
 
-def _fused(**changed: object) -> Tensor:
-    call: dict[str, object] = {"x": torch.zeros(3, 100)}
-    return functional.quantized_linear_fused(
-        qt=_weight(48, 100, "int4", 64),
-        **(call | changed),  # type: ignore[arg-type]
-    )
-
-
-FUSED_BAD = [
-    BadInput(
-        lambda: _fused(gated=True),
-        RuntimeError,
-        r"quantized_linear_fused: expected x of shape \[\.\.\., 2 in_features\] = \[\.\.\., 200\]",
-    ),
-    BadInput(
-        lambda: _fused(norm_weight=torch.ones(99)), RuntimeError, r"expected norm_weight of shape"
-    ),
-    BadInput(
-        lambda: _fused(norm_weight=torch.ones(100).double()),
-        RuntimeError,
-        r"expected norm_weight of dtype float32",
-    ),
-    BadInput(
-        lambda: _fused(norm_weight=torch.ones(100), norm_eps=-1.0),
-        RuntimeError,
-        r"expected norm_eps >= 0",
-    ),
-    BadInput(
-        lambda: _fused(residual=torch.ones(3, 47)), RuntimeError, r"expected residual of shape"
-    ),
-    BadInput(
-        lambda: _fused(residual=torch.ones(3, 48).double()),
-        RuntimeError,
-        r"expected residual of dtype float32",
-    ),
-    BadInput(
-        lambda: torch.ops.fastweights.quantized_linear_fused(
-            torch.zeros(3, 100),
-            torch.zeros(3, 9).byte(),
-            None,
-            None,
-            0.0,
-            False,
-            None,
-            "int4",
-            48,
-            100,
-            64,
-            "float",
-        ),
-        RuntimeError,
-        r"quantized_linear_fused: expected packed of shape",
-    ),
-]
-
-
 def _bench(n: int, k: int, m: int, activation: str, format: str = "int4") -> BenchCase:
     bits = {"int4": 4.5, "int8": 8.5}[format]
     return BenchCase(
@@ -211,14 +140,5 @@ SPECS = [
         gradcheck=lambda: _linear_samples("float", torch.float64)[:6],
         bad_inputs=LINEAR_BAD,
         bench=BENCH,
-    ),
-    OpSpec(
-        name="quantized_linear_fused",
-        family="quantization",
-        function=functional.quantized_linear_fused,
-        reference=reference.quantized_linear_fused,
-        samples=_fused_samples,
-        tolerances=TOLERANCES,
-        bad_inputs=FUSED_BAD,
     ),
 ]
