@@ -72,6 +72,7 @@ define package
 	  -DPython_EXECUTABLE=$(abspath $(PY)) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) $(2) >/dev/null
 	$(VENV)/bin/cmake --build build/$(1)
 	rm -rf build/$(1)/package && mkdir build/$(1)/package && cp -r python/fastweights build/$(1)/package/
+	rm -f build/$(1)/package/fastweights/*.so
 	$(VENV)/bin/cmake --install build/$(1) --prefix build/$(1)/package >/dev/null
 endef
 # -S keeps the editable install from importing its own binaries instead.

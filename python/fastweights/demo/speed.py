@@ -22,22 +22,25 @@ from fastweights.generation.engine import Engine
 from fastweights.generation.loop import CHUNK
 from fastweights.generation.state import GenerationState
 
-_STEPS = 64
-_REPEATS = 3
+STEPS = 64
+REPEATS = 3
 
 
-def measure(model: Path, text: Path, contexts: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def measure(
+    model: Path, text: Path, contexts: tuple[int, ...], runner: str = "fastweights.demo.speed"
+) -> dict[str, dict[str, float]]:
     """{context: {"tokens/s": decoding, "MB": resident memory, "prefill tokens/s": ...}}.
 
     Args:
         model: a model folder or GGUF file.
         text: tokens, as `Text.save` keeps them.
+        runner: module that is run with these arguments.
         contexts: ascending lengths. A converted model is read into once and goes on from there.
     """
-    command = [sys.executable, "-m", "fastweights.demo.speed", str(model), str(text)]
+    command = [sys.executable, "-m", runner, str(model), str(text)]
     command += map(str, contexts)
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    lines = (json.loads(line) for line in run.stdout.splitlines())
+    lines = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))
     return {str(line.pop("context")): line for line in lines}
 
 
@@ -58,16 +61,16 @@ def _main(path: str, tokens: Path, contexts: list[int]) -> None:
             row = {"context": context, "prefill tokens/s": (context - read) / seconds}
             if is_linear(model):
                 state, read = engine.state().select([0]), context
-            best = min(_seconds_per_token(engine, text) for _ in range(_REPEATS))
+            best = min(_seconds_per_token(engine, text) for _ in range(REPEATS))
             row |= {"tokens/s": 1 / best, "MB": resident_megabytes()}
             print(json.dumps(row), flush=True)
 
 
 def _seconds_per_token(engine: Engine, text: Tensor) -> float:
     started = time.perf_counter()
-    for token in text[:_STEPS]:
+    for token in text[:STEPS]:
         engine.step(token[None])
-    return (time.perf_counter() - started) / _STEPS
+    return (time.perf_counter() - started) / STEPS
 
 
 def is_linear(model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,8 @@ class Pipeline:
         """The demo, and what tells recovery from what merely looks like it."""
         self.demo()
         stage, path, original = self.results.stage, self.folder, self.original
+        if importlib.util.find_spec("xllamacpp"):
+            stage("speed of llama.cpp", self._llama_cpp)
         stage("drift", lambda: self._drift(path / "recovered"))
         stage("swapped", lambda: self._control(lambda m: linearize(m)))
         stage("window only", lambda: self._control(_window_only))
@@ -98,6 +101,9 @@ class Pipeline:
         if change is not None:
             model = change(model)
         return perplexities(model, Text.load(self.text).held_out, far=far)
+
+    def _llama_cpp(self) -> dict[str, dict[str, float]]:
+        return measure(smollm2(), self.text, THEIRS, "fastweights.demo.llama_cpp")
 
     def _drift(self, source: Path) -> dict[str, float]:
         return drift(load(source)[0], Text.load(self.text).held_out)

@@ -31,22 +31,28 @@ _CONTROLS = (
     "published after LoRA",
     "drift",
 )
+_RUNNERS = ("ours", "transformers", "llama.cpp")
+_LABELS = {"ours": "fastweights, linear, 4 bits", "llama.cpp": "llama.cpp, 4 bits"}
+_SPEEDS = {"tokens/s": "tokens/s", "prefill tokens/s": "prompt tokens/s", "MB": "MB"}
 _MODEL = "SmolLM2-135M-Instruct"
 
 
 def summary_table(results: Results) -> str:
     """What the demo reaches, in two rows."""
     rows = (
-        ("softmax attention, float32, transformers", "original", "speed of transformers"),
-        ("linear attention, LoRA, 4 bits, fastweights", "after 4 bits", "speed of ours"),
+        ("transformers: softmax attention, float32", "original", "speed of transformers"),
+        ("llama.cpp: softmax attention, 4 bits", "", "speed of llama.cpp"),
+        ("**fastweights: linear attention, 4 bits**", "after 4 bits", "speed of ours"),
     )
     contexts = list(results.get("speed of ours"))
     cells = []
     for name, model, speed in rows:
-        quality, measured = results.get(model), results.get(speed)
-        ours = [_number(measured.get(c, {}).get("tokens/s")) for c in contexts]
+        if (measured := results.get(speed)) is None:
+            continue
+        speeds = [_number(measured.get(c, {}).get("tokens/s"), 0) for c in contexts]
         memory = max(row["MB"] for row in measured.values())
-        cells.append([name, *ours, f"{memory:.0f}", f"{quality['T=512']:.1f}"])
+        quality = results.get(model) or {}
+        cells.append([name, *speeds, f"{memory:.0f}", _number(quality.get("T=512"))])
     header = [f"tokens/s at {_tokens(c)}" for c in contexts]
     return markdown_table(["", *header, "MB", "perplexity"], cells)
 
@@ -61,20 +67,13 @@ def perplexity_table(results: Results) -> str:
 
 def speed_table(results: Results) -> str:
     """Tokens per second and memory, a row per context."""
-    ours, theirs = results.get("speed of ours"), results.get("speed of transformers")
+    runs = {who: results.get(f"speed of {who}") for who in _RUNNERS}
+    runs = {who: run for who, run in runs.items() if run is not None}
     cells = [
-        [
-            _tokens(c),
-            *(
-                _number(s.get(c, {}).get(k), digits)
-                for s in (ours, theirs)
-                for k, digits in (("tokens/s", 1), ("prefill tokens/s", 0), ("MB", 0))
-            ),
-        ]
-        for c in ours
+        [_tokens(c), *(_number(run.get(c, {}).get(k), 0) for k in _SPEEDS for run in runs.values())]
+        for c in runs["ours"]
     ]
-    kinds = ("tokens/s", "reading, tokens/s", "MB")
-    header = [f"{who}, {kind}" for who in ("ours", "transformers") for kind in kinds]
+    header = [f"{kind}: {who}" for kind in _SPEEDS.values() for who in runs]
     return markdown_table(["context", *header], cells)
 
 
@@ -104,11 +103,10 @@ def chart(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
-    for name, label in (("ours", "fastweights, linear, 4 bits"), ("transformers", "transformers")):
-        speed = results.get(f"speed of {name}")
-        left.plot(
-            [int(c) for c in speed], [row["tokens/s"] for row in speed.values()], "o-", label=label
-        )
+    for name in _RUNNERS:
+        if (speed := results.get(f"speed of {name}")) is not None:
+            speeds = [row["tokens/s"] for row in speed.values()]
+            left.plot([int(c) for c in speed], speeds, "o-", label=_LABELS.get(name, name))
     left.set(xscale="log", xlabel="tokens of context", ylabel="tokens/s", title="Decoding")
     left.set_ylim(bottom=0)
     left.legend()
