@@ -85,7 +85,7 @@ class ChunkedBackward {
 
   // The rows of the segment that comes next, for the time of chunk x of this one.
   Ahead rows_ahead(const Sequence& s, int64_t x) const {
-    Ahead ahead(s, next_start + x * c, next_start < 0 ? next_start : next_start + (x + 1) * c);
+    Ahead ahead(s, next_start + x * c, c);
     ahead.add(p.q, next.key_head, 0, p.K);
     ahead.add(p.k, next.key_head, 0, p.K);
     ahead.add(p.g, next.head, 0, p.gate == Gate::channel ? p.K : 1);
@@ -160,12 +160,8 @@ class ChunkedBackward {
     transpose(padded<T>(n), ld, chunk.v, ld, vT, cp);
     triangle<T>(n, task.columns, {G, ld, 1}, {vT, cp}, dP, cp);
     if (channel) {
-      gemm<T>(n, Kp, task.columns, G, ld, 1, state, Kp, dq, Kp, false);
-      gemm<T>(n, Kp, task.columns, chunk.v, ld, 1, dST, Kp, dk, Kp, false);
-      for (int64_t j = 0; j < n * Kp; j += kLanes<T>) {
-        store(dq + j, load(dq + j) * load(chunk.prefix + j));
-        store(dk + j, load(dk + j) * load(chunk.suffix + j));
-      }
+      scaled_product<T>(n, Kp, task.columns, {G, ld, 1}, {state, Kp}, chunk.prefix, dq, Kp, ahead);
+      scaled_product<T>(n, Kp, task.columns, {chunk.v, ld, 1}, {dST, Kp}, chunk.suffix, dk, Kp, ahead);
       channel_triangle_backward(n, Kp, chunk.q, chunk.k, chunk.decay, dP, cp, dq, dk);
     } else {
       if (scalar) decay_triangle(n, chunk.decay, dP, cp);

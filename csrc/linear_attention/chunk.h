@@ -21,7 +21,7 @@ FW_INLINE int64_t chunk_of(const Problem& p) {
 // Heads whose states fill `bytes`, one at least.
 template <typename T>
 FW_INLINE int64_t heads_at_once(const Problem& p, int64_t columns, int64_t bytes) {
-  const int64_t heads = bytes / int64_t(sizeof(T)) / (p.K * padded<T>(columns) + 1);
+  const int64_t state = p.K * padded<T>(columns) * int64_t(sizeof(T)), heads = state ? bytes / state : p.HV;
   return heads < 1 ? 1 : heads > p.HV ? p.HV : heads;
 }
 
@@ -47,8 +47,13 @@ FW_INLINE Vec<T> flush(Vec<T> x) {
 // Pulls the rows of coming tokens towards the cache, those to be written too: one token at each call.
 class Ahead {
  public:
-  Ahead(const Sequence& sequence, int64_t start, int64_t end)
-      : s(sequence), first(start), left(end < sequence.length ? end - start : sequence.length - start) {}
+  // Tokens [start, start + n) as far as the sequence has them.
+  Ahead(const Sequence& sequence, int64_t start, int64_t n)
+      : s(sequence),
+        first(start),
+        left(start < 0              ? 0
+             : n < s.length - start ? n
+                                    : s.length - start) {}
 
   // n elements from `column` on of a head's rows; none where the tensor is absent.
   void add(const Rows& r, int64_t head, int64_t column, int64_t n) {

@@ -15,11 +15,10 @@ class ChunkedForward {
         p(args.p),
         c(chunk_of(p)),
         ld(padded<T>(columns)),
-        ls(spread<T>(columns)),
         cp(padded<T>(c)),
         scratch(bytes(args.p, columns, heads)),
         chunk(p, columns, scratch) {
-    S = scratch.take<T>(heads * p.K * ls);
+    S = scratch.take<T>(heads * p.K * ld);
     kT = scratch.take<T>(chunk.Kp * cp);
     P = scratch.take<T>(c * cp);
     o = scratch.take<T>(c * ld);
@@ -32,36 +31,36 @@ class ChunkedForward {
     Task task = Task::of(p, first_task);
     const Sequence s = Sequence::of(p, task.n);
     for (int64_t h = 0; h < heads; ++h)
-      load_state(a.p.initial, Task::of(p, first_task + h), p.K, p.HV, p.normalize, S + h * p.K * ls, ls);
+      load_state(a.p.initial, Task::of(p, first_task + h), p.K, p.HV, p.normalize, S + h * p.K * ld, ld);
     for (int64_t start = 0; start < s.length; start += c) {
       const int64_t n = s.length - start < c ? s.length - start : c;
       for (int64_t h = 0; h < heads; ++h) {
         task = Task::of(p, first_task + h);
-        T* state = S + h * p.K * ls;
-        if (a.states && start % kSegment == 0) keep_state(a.states, p, task, s.slot + start / kSegment, state, ls);
+        T* state = S + h * p.K * ld;
+        if (a.states && start % kSegment == 0) keep_state(a.states, p, task, s.slot + start / kSegment, state, ld);
         chunk.load(p, s, task, start, n, !a.only_states);
         const bool last = h + 1 == heads;
         const int64_t next = last ? start + c : start;
-        Ahead ahead = rows_of(s, Task::of(p, first_task + (last ? 0 : h + 1)), next);
+        Ahead ahead = rows_ahead(s, Task::of(p, first_task + (last ? 0 : h + 1)), next);
         if (!a.only_states) write_outputs(s, task, start, n, state, ahead);
         update<T>(p.K, ld, n, chunk.total, p.gate == Gate::channel, {chunk.k_out, 1, chunk.Kp}, {chunk.v, ld}, state,
-                  state, ls, ahead);
+                  state, ld, ahead);
       }
     }
     for (int64_t h = 0; h < heads; ++h)
-      store_state(a.final, Task::of(p, first_task + h), p.K, p.HV, p.normalize, S + h * p.K * ls, ls);
+      store_state(a.final, Task::of(p, first_task + h), p.K, p.HV, p.normalize, S + h * p.K * ld, ld);
   }
 
  private:
   static size_t bytes(const Problem& p, int64_t columns, int64_t heads) {
     const int64_t c = chunk_of(p), ld = padded<T>(columns), cp = padded<T>(c);
-    return Chunk<T>::bytes(p, columns) + Scratch::take_bytes<T>(heads * p.K * spread<T>(columns)) +
+    return Chunk<T>::bytes(p, columns) + Scratch::take_bytes<T>(heads * p.K * ld) +
            Scratch::take_bytes<T>(padded<T>(p.K) * cp) + Scratch::take_bytes<T>(c * cp) +
            Scratch::take_bytes<T>(c * ld) + Scratch::take_bytes<T>(cp * kLanes<T>);
   }
 
-  Ahead rows_of(const Sequence& s, const Task& task, int64_t start) const {
-    Ahead ahead(s, start, start + c);
+  Ahead rows_ahead(const Sequence& s, const Task& task, int64_t start) const {
+    Ahead ahead(s, start, c);
     ahead.add(p.q, task.key_head, 0, p.K);
     ahead.add(p.k, task.key_head, 0, p.K);
     ahead.add(p.v, task.head, task.column, task.width);
@@ -83,7 +82,7 @@ class ChunkedForward {
     const bool direct = !p.normalize && int64_t(sizeof(T)) == size_of(a.o.element) && task.width == ld;
     T* out = direct ? static_cast<T*>(a.o.data) + s.offset(a.o, start, task.head) + task.column : o;
     const int64_t ld_out = direct ? a.o.time * s.step : ld;
-    read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ls}, nullptr, scores, {chunk.v, ld}, out, ld_out, ahead);
+    read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ld}, nullptr, scores, {chunk.v, ld}, out, ld_out, ahead);
     if (direct) return;
     for (int64_t i = 0; i < n; ++i) {
       T* row = o + i * ld;
@@ -97,7 +96,7 @@ class ChunkedForward {
 
   const ForwardArgs& a;
   const Problem& p;
-  const int64_t c, ld, ls, cp;
+  const int64_t c, ld, cp;
   Scratch scratch;
   Chunk<T> chunk;
   T *S, *kT, *P, *o, *part;

@@ -76,6 +76,14 @@ struct Tile {
     }
   }
 
+  FW_METHOD void scale(const T* factor, int64_t ld) {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] *= load(factor + i * ld + j * L);
+    }
+  }
+
   // sum += left[0:MR, 0:n] * right[0:n]
   FW_METHOD void multiply(int64_t n, const T* left, int64_t row, int64_t column, const T* right, int64_t ld) {
     for (int64_t k = 0; k < n; ++k) step<0, MR>(left + k * column, row, right + k * ld);
@@ -186,6 +194,28 @@ FW_INLINE void read_out(int64_t M, int64_t N, int64_t K, Left<T> a1, Right<T> b1
   for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
     read_out_strip<T, triangle, NV>(M, K, a1, {b1.data + n, b1.ld}, scale, a2, {b2.data + n, b2.ld}, out + n, ld,
                                     beside);
+  });
+}
+
+// out[i, c] = factor[i, c] * (left * right)[i, c], out and factor of the same layout.
+template <typename T, int NV, typename Beside>
+static __attribute__((noinline)) void scaled_product_strip(int64_t M, int64_t K, Left<T> a, Right<T> b, const T* factor,
+                                                           T* out, int64_t ld, Beside& beside) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    beside();
+    Tile<T, MR, NV> tile;
+    tile.clear();
+    tile.multiply(K, a.at(i0), a.row, a.column, b.data, b.ld);
+    tile.scale(factor + i0 * ld, ld);
+    tile.store_to(out + i0 * ld, ld);
+  });
+}
+
+template <typename T, typename Beside>
+FW_INLINE void scaled_product(int64_t M, int64_t N, int64_t K, Left<T> a, Right<T> b, const T* factor, T* out,
+                              int64_t ld, Beside& beside) {
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
+    scaled_product_strip<T, NV>(M, K, a, {b.data + n, b.ld}, factor + n, out + n, ld, beside);
   });
 }
 

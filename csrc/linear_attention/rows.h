@@ -18,14 +18,6 @@ FW_INLINE int64_t size_of(Element e) {
   return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2;
 }
 
-// The distance of a matrix's rows in scratch: whole cache lines, an odd number of them, so that a strip of its columns
-// spreads over all sets of the first-level cache.
-template <typename T>
-FW_INLINE int64_t spread(int64_t n) {
-  constexpr int64_t line = 64 / int64_t(sizeof(T));
-  return ((n + line - 1) / line | 1) * line;
-}
-
 template <typename S>
 FW_INLINE void load_elements(const S* in, int64_t n, Compute<S> factor, Compute<S>* out) {
   constexpr int L = kLanes<Compute<S>>;
