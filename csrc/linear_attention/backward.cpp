@@ -51,6 +51,9 @@ class ChunkedBackward {
     }
     for (int64_t segment = segments - 1; segment >= 0; --segment) {
       for (int64_t h = 0; h < heads; ++h) {
+        const bool wraps = h + 1 == heads;
+        next = Task::of(p, first_task + (wraps ? 0 : h + 1));
+        next_start = (wraps ? segment - 1 : segment) * kSegment;
         select(h);
         run_segment(s, Task::of(p, first_task + h), segment, segment == segments - 1, sum_of_heads[h]);
       }
@@ -80,6 +83,22 @@ class ChunkedBackward {
     carry = carry_of_heads + head * Kp;
   }
 
+  // The rows of the segment that comes next, for the time of chunk x of this one.
+  Ahead rows_ahead(const Sequence& s, int64_t x) const {
+    Ahead ahead(s, next_start + x * c, c);
+    ahead.add(p.q, next.key_head, 0, p.K);
+    ahead.add(p.k, next.key_head, 0, p.K);
+    ahead.add(p.g, next.head, 0, p.gate == Gate::channel ? p.K : 1);
+    ahead.add(p.v, next.head, next.column, next.width);
+    ahead.add(a.grad_o, next.head, next.column, next.width);
+    ahead.add(a.dv, next.head, next.column, next.width);
+    ahead.add(a.dq, partial(next), 0, p.K);
+    ahead.add(a.dk, partial(next), 0, p.K);
+    if (p.gate == Gate::channel) ahead.add(a.dg, partial(next), 0, p.K);
+    ahead.add(a.o, next.head, 0, p.V);
+    return ahead;
+  }
+
   int64_t partial(const Task& task) const { return task.tile * p.HV + task.head; }
 
   void run_segment(const Sequence& s, const Task& task, int64_t segment, bool last, T& sum_over_tokens) {
@@ -94,20 +113,19 @@ class ChunkedBackward {
     if (final_state) inner_products(ST[chunks]);
     for (int64_t x = chunks - 1; x >= 0; --x) {
       const int64_t first = start + x * c, n = end - first < c ? end - first : c;
-      run_chunk(s, task, first, n, ST[x], sum_over_tokens);
+      run_chunk(s, task, first, n, ST[x], sum_over_tokens, rows_ahead(s, x));
     }
   }
 
   void advance_state(const Sequence& s, const Task& task, int64_t start, int64_t end, const T* before, T* after) {
     const int64_t n = end - start < c ? end - start : c;
     chunk.load(p, s, task, start, n, false);
-    __builtin_memcpy(after, before, size_t(ld * Kp) * sizeof(T));
     const Left<T> values{chunk.v, 1, ld};
     const Right<T> keys{chunk.k_out, Kp};
     if (p.gate == Gate::channel) {
-      update_columns<T>(ld, Kp, n, chunk.total, values, keys, after, Kp);
+      update<T, By::columns>(ld, Kp, n, chunk.total, 1, values, keys, before, after, Kp);
     } else {
-      update<T>(ld, Kp, n, chunk.total, 0, values, keys, after, Kp);
+      update<T>(ld, Kp, n, chunk.total, 0, values, keys, before, after, Kp);
     }
   }
 
@@ -124,7 +142,8 @@ class ChunkedBackward {
     if (p.gate != Gate::channel) carry[0] = total;
   }
 
-  void run_chunk(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state, T& sum_over_tokens) {
+  void run_chunk(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state, T& sum_over_tokens,
+                 Ahead ahead) {
     const bool channel = p.gate == Gate::channel, scalar = !channel && p.gate != Gate::none;
     chunk.load(p, s, task, start, n, true);
     if (channel) {
@@ -141,23 +160,19 @@ class ChunkedBackward {
     transpose(padded<T>(n), ld, chunk.v, ld, vT, cp);
     triangle<T>(n, task.columns, {G, ld, 1}, {vT, cp}, dP, cp);
     if (channel) {
-      gemm<T>(n, Kp, task.columns, G, ld, 1, state, Kp, dq, Kp, false);
-      gemm<T>(n, Kp, task.columns, chunk.v, ld, 1, dST, Kp, dk, Kp, false);
-      for (int64_t j = 0; j < n * Kp; j += kLanes<T>) {
-        store(dq + j, load(dq + j) * load(chunk.prefix + j));
-        store(dk + j, load(dk + j) * load(chunk.suffix + j));
-      }
+      scaled_product<T>(n, Kp, task.columns, {G, ld, 1}, {state, Kp}, chunk.prefix, dq, Kp, ahead);
+      scaled_product<T>(n, Kp, task.columns, {chunk.v, ld, 1}, {dST, Kp}, chunk.suffix, dk, Kp, ahead);
       channel_triangle_backward(n, Kp, chunk.q, chunk.k, chunk.decay, dP, cp, dq, dk);
     } else {
       if (scalar) decay_triangle(n, chunk.decay, dP, cp);
       read_out<T>(n, Kp, task.columns, {G, ld, 1}, {state, Kp}, scalar ? chunk.prefix : nullptr, {dP, cp, 1},
-                  {chunk.k, Kp}, dq, Kp);
+                  {chunk.k, Kp}, dq, Kp, ahead);
       read_out<T, Triangle::upper>(n, Kp, task.columns, {chunk.v, ld, 1}, {dST, Kp}, scalar ? chunk.suffix : nullptr,
-                                   {dP, 1, cp}, {chunk.q, Kp}, dk, Kp);
+                                   {dP, 1, cp}, {chunk.q, Kp}, dk, Kp, ahead);
     }
     read_out<T, Triangle::upper>(n, ld, p.K, {chunk.k_out, Kp, 1}, {dS, ld}, nullptr, {P, weights.column, weights.row},
-                                 {G, ld}, dv, ld);
-    update<T>(p.K, ld, n, chunk.total, channel, {chunk.q_in, 1, Kp}, {G, ld}, dS, ld);
+                                 {G, ld}, dv, ld, ahead);
+    update<T>(p.K, ld, n, chunk.total, channel, {chunk.q_in, 1, Kp}, {G, ld}, dS, dS, ld, ahead);
 
     for (int64_t i = 0; i < n; ++i) {
       store_row(a.dk, s.offset(a.dk, start + i, partial(task)), p.K, dk + i * Kp);
@@ -220,6 +235,8 @@ class ChunkedBackward {
   Chunk<T> chunk;
   T* ST[kMostChunks + 1];
   T *dST, *dS_of_heads, *carry_of_heads, *sum_of_heads, *dS, *carry;
+  Task next;
+  int64_t next_start;
   T *kT, *vT, *P, *dP, *G, *dv, *dq, *dk, *part, *row;
 };
 

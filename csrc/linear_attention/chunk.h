@@ -21,7 +21,7 @@ FW_INLINE int64_t chunk_of(const Problem& p) {
 // Heads whose states fill `bytes`, one at least.
 template <typename T>
 FW_INLINE int64_t heads_at_once(const Problem& p, int64_t columns, int64_t bytes) {
-  const int64_t heads = bytes / int64_t(sizeof(T)) / (p.K * padded<T>(columns) + 1);
+  const int64_t state = p.K * padded<T>(columns) * int64_t(sizeof(T)), heads = state ? bytes / state : p.HV;
   return heads < 1 ? 1 : heads > p.HV ? p.HV : heads;
 }
 
@@ -44,38 +44,45 @@ FW_INLINE Vec<T> flush(Vec<T> x) {
   return x < tiny ? zero<T>() : x;
 }
 
-// Pulls the rows of the next chunk or head towards the cache, two tokens at each call.
+// Pulls the rows of coming tokens towards the cache, those to be written too: one token at each call.
 class Ahead {
  public:
-  Ahead(const Problem& problem, const Sequence& sequence, const Task& task, int64_t start, int64_t end)
-      : p(problem),
-        s(sequence),
-        head(task.head),
-        key_head(task.key_head),
-        column(task.column),
-        width(task.width),
-        at(start),
-        last(end < sequence.length ? end : sequence.length) {}
+  // Tokens [start, start + n) as far as the sequence has them.
+  Ahead(const Sequence& sequence, int64_t start, int64_t n)
+      : s(sequence),
+        first(start),
+        left(start < 0              ? 0
+             : n < s.length - start ? n
+                                    : s.length - start) {}
+
+  // n elements from `column` on of a head's rows; none where the tensor is absent.
+  void add(const Rows& r, int64_t head, int64_t column, int64_t n) {
+    if (!r.data || left <= 0) return;
+    const int64_t size = size_of(r.element);
+    rows[count++] = {static_cast<const char*>(r.data) + (s.offset(r, first, head) + column) * size,
+                     r.time * s.step * size, n * size};
+  }
 
   void operator()() {
-    for (int64_t stop = at + 2 < last ? at + 2 : last; at < stop; ++at) {
-      pull(p.q, s.offset(p.q, at, key_head), p.K);
-      pull(p.k, s.offset(p.k, at, key_head), p.K);
-      pull(p.v, s.offset(p.v, at, head) + column, width);
-      if (p.gate == Gate::channel) pull(p.g, s.offset(p.g, at, head), p.K);
+    if (left <= 0) return;
+    --left;
+    for (int x = 0; x < count; ++x) {
+      Row& r = rows[x];
+      for (int64_t i = 0; i < r.bytes; i += 64) prefetch(r.at + i);
+      r.at += r.step;
     }
   }
 
  private:
-  static void pull(const Rows& r, int64_t offset, int64_t n) {
-    const int64_t bytes = r.element == Element::f64 ? 8 : r.element == Element::f32 ? 4 : 2;
-    const char* first = static_cast<const char*>(r.data) + offset * bytes;
-    for (int64_t i = 0; i < n * bytes; i += 64) prefetch(first + i);
-  }
+  struct Row {
+    const char* at;
+    int64_t step, bytes;
+  };
 
-  const Problem& p;
   const Sequence& s;
-  int64_t head, key_head, column, width, at, last;
+  int64_t first, left;
+  int count = 0;
+  Row rows[10];
 };
 
 template <typename T>

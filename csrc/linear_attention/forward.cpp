@@ -41,10 +41,10 @@ class ChunkedForward {
         chunk.load(p, s, task, start, n, !a.only_states);
         const bool last = h + 1 == heads;
         const int64_t next = last ? start + c : start;
-        Ahead ahead(p, s, Task::of(p, first_task + (last ? 0 : h + 1)), next, next + c);
+        Ahead ahead = rows_ahead(s, Task::of(p, first_task + (last ? 0 : h + 1)), next);
         if (!a.only_states) write_outputs(s, task, start, n, state, ahead);
         update<T>(p.K, ld, n, chunk.total, p.gate == Gate::channel, {chunk.k_out, 1, chunk.Kp}, {chunk.v, ld}, state,
-                  ld, ahead);
+                  state, ld, ahead);
       }
     }
     for (int64_t h = 0; h < heads; ++h)
@@ -59,6 +59,16 @@ class ChunkedForward {
            Scratch::take_bytes<T>(c * ld) + Scratch::take_bytes<T>(cp * kLanes<T>);
   }
 
+  Ahead rows_ahead(const Sequence& s, const Task& task, int64_t start) const {
+    Ahead ahead(s, start, c);
+    ahead.add(p.q, task.key_head, 0, p.K);
+    ahead.add(p.k, task.key_head, 0, p.K);
+    ahead.add(p.v, task.head, task.column, task.width);
+    ahead.add(p.g, task.head, 0, p.gate == Gate::channel ? p.K : 1);
+    ahead.add(a.o, task.head, task.column, task.width);
+    return ahead;
+  }
+
   void write_outputs(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* state, Ahead& ahead) {
     const bool channel = p.gate == Gate::channel;
     if (channel) {
@@ -69,7 +79,7 @@ class ChunkedForward {
       if (p.gate != Gate::none) decay_triangle(n, chunk.decay, P, cp);
     }
     const Left<T> scores = channel ? Left<T>{P, 1, cp} : Left<T>{P, cp, 1};
-    const bool direct = !p.normalize && sizeof(T) == size_of(a.o.element) && task.width == ld;
+    const bool direct = !p.normalize && int64_t(sizeof(T)) == size_of(a.o.element) && task.width == ld;
     T* out = direct ? static_cast<T*>(a.o.data) + s.offset(a.o, start, task.head) + task.column : o;
     const int64_t ld_out = direct ? a.o.time * s.step : ld;
     read_out<T>(n, ld, p.K, {chunk.q_in, chunk.Kp, 1}, {state, ld}, nullptr, scores, {chunk.v, ld}, out, ld_out, ahead);
@@ -83,8 +93,6 @@ class ChunkedForward {
       store_row(a.o, s.offset(a.o, start + i, task.head) + task.column, task.width, row);
     }
   }
-
-  static size_t size_of(Element e) { return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2; }
 
   const ForwardArgs& a;
   const Problem& p;

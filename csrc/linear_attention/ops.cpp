@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "core/check.h"
@@ -174,9 +175,23 @@ int64_t state_slots(const Inputs& in) {
 
 Tensor new_kept_states(const Inputs& in) {
   const Problem& p = in.problem;
-  // Zeros: the count of slots is an upper bound that depends on shapes only.
-  return torch::stable::new_zeros(in.q, {state_slots(in), p.HV, p.K, p.V + p.normalize},
-                                  state_dtype(in.q.scalar_type()));
+  Tensor states =
+      torch::stable::new_empty(in.q, {state_slots(in), p.HV, p.K, p.V + p.normalize}, state_dtype(in.q.scalar_type()));
+  // The count of slots is an upper bound that depends on shapes only: those that no token fills are zeroed here.
+  const size_t slot = size_t(p.HV * p.K * (p.V + p.normalize)) * (in.q.scalar_type() == ScalarType::Double ? 8 : 4);
+  char* data = static_cast<char*>(states.data_ptr());
+  const auto clear = [&](int64_t from, int64_t to) {
+    std::memset(data + size_t(from) * slot, 0, size_t(to - from) * slot);
+  };
+  int64_t filled = 0;
+  for (int64_t n = 0; n < p.sequences; ++n) {
+    const int64_t start = p.starts ? p.starts[n] : n * p.T, end = p.starts ? p.starts[n + 1] : start + p.T;
+    const int64_t first = start / kSegment + n;
+    clear(filled, first);
+    filled = first + (end - start + kSegment - 1) / kSegment;
+  }
+  clear(filled, state_slots(in));
+  return states;
 }
 
 void split_columns(Problem& p, int64_t tasks) {

@@ -29,6 +29,7 @@ template <int N>
 struct Int {};
 
 enum class Triangle { lower, upper };
+enum class By { rows, columns };
 
 // Called once per panel of rows, for what may go on beside the arithmetic.
 struct Nothing {
@@ -51,11 +52,19 @@ struct Tile {
     }
   }
 
-  FW_METHOD void load_scaled(const T* in, int64_t ld, const T* factor, int64_t step) {
+  FW_METHOD void load_rows_scaled(const T* in, int64_t ld, const T* factor, int64_t step) {
     FW_UNROLL
     for (int i = 0; i < MR; ++i) {
       FW_UNROLL
       for (int j = 0; j < NV; ++j) sum[i][j] = load(in + i * ld + j * L) * set1(factor[i * step]);
+    }
+  }
+
+  FW_METHOD void load_columns_scaled(const T* in, int64_t ld, const T* factor) {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] = load(in + i * ld + j * L) * load(factor + j * L);
     }
   }
 
@@ -64,6 +73,14 @@ struct Tile {
     for (int i = 0; i < MR; ++i) {
       FW_UNROLL
       for (int j = 0; j < NV; ++j) sum[i][j] *= set1(factor[i]);
+    }
+  }
+
+  FW_METHOD void scale(const T* factor, int64_t ld) {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] *= load(factor + i * ld + j * L);
     }
   }
 
@@ -147,36 +164,58 @@ FW_INLINE void for_strips(int64_t N, const F& f) {
   for (; n < N; n += L) f(Int<1>{}, n);
 }
 
-// out[i] = scale[i] * (a1 b1)[i] + sum over j <= i (upper: j >= i, below M) of a2[i, j] b2[j], for M rows and N
-// columns; scale null: 1.
-template <typename T, Triangle triangle, int MR>
-static __attribute__((noinline)) void read_out_rows(int64_t i0, int64_t M, int64_t N, int64_t K, Left<T> a1,
-                                                    Right<T> b1, const T* scale, Left<T> a2, Right<T> b2, T* out,
-                                                    int64_t ld) {
-  const T *corner = a2.at(i0) + i0 * a2.column, *rest = corner + MR * a2.column;
-  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
+// out[i] = scale[i] * (a1 b1)[i] + sum over j <= i (upper: j >= i, below M) of a2[i, j] b2[j], for M rows and the NV
+// vectors of columns at b1, b2 and out; scale null: 1. All rows of a strip of columns in turn: it stays in the
+// first-level cache, which a whole state of 128 x 128 exceeds.
+template <typename T, Triangle triangle, int NV, typename Beside>
+static __attribute__((noinline)) void read_out_strip(int64_t M, int64_t K, Left<T> a1, Right<T> b1, const T* scale,
+                                                     Left<T> a2, Right<T> b2, T* out, int64_t ld, Beside& beside) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    beside();
+    const T *corner = a2.at(i0) + i0 * a2.column, *rest = corner + MR * a2.column;
     Tile<T, MR, NV> tile;
     tile.clear();
-    tile.multiply(K, a1.at(i0), a1.row, a1.column, b1.data + n, b1.ld);
+    tile.multiply(K, a1.at(i0), a1.row, a1.column, b1.data, b1.ld);
     if (scale) tile.scale_rows(scale + i0);
-    const T* b = b2.data + n;
     if constexpr (triangle == Triangle::lower) {
-      tile.multiply(i0, a2.at(i0), a2.row, a2.column, b, b2.ld);
-      tile.template multiply_corner<triangle>(corner, a2.row, a2.column, b + i0 * b2.ld, b2.ld);
+      tile.multiply(i0, a2.at(i0), a2.row, a2.column, b2.data, b2.ld);
+      tile.template multiply_corner<triangle>(corner, a2.row, a2.column, b2.data + i0 * b2.ld, b2.ld);
     } else {
-      tile.template multiply_corner<triangle>(corner, a2.row, a2.column, b + i0 * b2.ld, b2.ld);
-      tile.multiply(M - i0 - MR, rest, a2.row, a2.column, b + (i0 + MR) * b2.ld, b2.ld);
+      tile.template multiply_corner<triangle>(corner, a2.row, a2.column, b2.data + i0 * b2.ld, b2.ld);
+      tile.multiply(M - i0 - MR, rest, a2.row, a2.column, b2.data + (i0 + MR) * b2.ld, b2.ld);
     }
-    tile.store_to(out + i0 * ld + n, ld);
+    tile.store_to(out + i0 * ld, ld);
   });
 }
 
 template <typename T, Triangle triangle = Triangle::lower, typename Beside = Nothing>
 FW_INLINE void read_out(int64_t M, int64_t N, int64_t K, Left<T> a1, Right<T> b1, const T* scale, Left<T> a2,
                         Right<T> b2, T* out, int64_t ld, Beside&& beside = {}) {
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
+    read_out_strip<T, triangle, NV>(M, K, a1, {b1.data + n, b1.ld}, scale, a2, {b2.data + n, b2.ld}, out + n, ld,
+                                    beside);
+  });
+}
+
+// out[i, c] = factor[i, c] * (left * right)[i, c], out and factor of the same layout.
+template <typename T, int NV, typename Beside>
+static __attribute__((noinline)) void scaled_product_strip(int64_t M, int64_t K, Left<T> a, Right<T> b, const T* factor,
+                                                           T* out, int64_t ld, Beside& beside) {
   for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
     beside();
-    read_out_rows<T, triangle, MR>(i0, M, N, K, a1, b1, scale, a2, b2, out, ld);
+    Tile<T, MR, NV> tile;
+    tile.clear();
+    tile.multiply(K, a.at(i0), a.row, a.column, b.data, b.ld);
+    tile.scale(factor + i0 * ld, ld);
+    tile.store_to(out + i0 * ld, ld);
+  });
+}
+
+template <typename T, typename Beside>
+FW_INLINE void scaled_product(int64_t M, int64_t N, int64_t K, Left<T> a, Right<T> b, const T* factor, T* out,
+                              int64_t ld, Beside& beside) {
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
+    scaled_product_strip<T, NV>(M, K, a, {b.data + n, b.ld}, factor + n, out + n, ld, beside);
   });
 }
 
@@ -197,35 +236,30 @@ FW_INLINE void triangle(int64_t M, int64_t K, Left<T> a, Right<T> b, T* out, int
   for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) { triangle_rows<T, MR>(i0, K, a, b, out, ld); });
 }
 
-// S[i] = decay[i * step] * S[i] + (left * right)[i]
-template <typename T, int MR>
+// S[i, c] = decay * from[i, c] + (left * right)[i, c], S and from of the same layout, perhaps the same. The decay is
+// decay[i * step], or decay[c] where it goes by columns.
+template <typename T, By by, int MR>
 static __attribute__((noinline)) void update_rows(int64_t i0, int64_t N, int64_t n, const T* decay, int64_t step,
-                                                  Left<T> a, Right<T> b, T* S, int64_t ld) {
+                                                  Left<T> a, Right<T> b, const T* from, T* S, int64_t ld) {
   for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t c) {
     Tile<T, MR, NV> tile;
-    tile.load_scaled(S + i0 * ld + c, ld, decay + i0 * step, step);
+    if constexpr (by == By::rows) {
+      tile.load_rows_scaled(from + i0 * ld + c, ld, decay + i0 * step, step);
+    } else {
+      tile.load_columns_scaled(from + i0 * ld + c, ld, decay + c);
+    }
     tile.multiply(n, a.at(i0), a.row, a.column, b.data + c, b.ld);
     tile.store_to(S + i0 * ld + c, ld);
   });
 }
 
-template <typename T, typename Beside = Nothing>
-FW_INLINE void update(int64_t M, int64_t N, int64_t n, const T* decay, int64_t step, Left<T> a, Right<T> b, T* S,
-                      int64_t ld, Beside&& beside = {}) {
+template <typename T, By by = By::rows, typename Beside = Nothing>
+FW_INLINE void update(int64_t M, int64_t N, int64_t n, const T* decay, int64_t step, Left<T> a, Right<T> b,
+                      const T* from, T* S, int64_t ld, Beside&& beside = {}) {
   for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
     beside();
-    update_rows<T, MR>(i0, N, n, decay, step, a, b, S, ld);
+    update_rows<T, by, MR>(i0, N, n, decay, step, a, b, from, S, ld);
   });
-}
-
-// S[i, c] = decay[c] * S[i, c] + (left * right)[i, c]: the update of a transposed state with a gate per channel.
-template <typename T>
-FW_INLINE void update_columns(int64_t M, int64_t N, int64_t n, const T* decay, Left<T> a, Right<T> b, T* S,
-                              int64_t ld) {
-  for (int64_t i = 0; i < M; ++i) {
-    for (int64_t c = 0; c < N; c += kLanes<T>) store(S + i * ld + c, load(S + i * ld + c) * load(decay + c));
-  }
-  gemm<T>(M, N, n, a.data, a.row, a.column, b.data, b.ld, S, ld, true);
 }
 
 // ---- transposition: log2(lanes) rounds that exchange the off-diagonal blocks of half the size -------------------

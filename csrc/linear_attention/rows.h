@@ -14,6 +14,10 @@ FW_INLINE int64_t padded(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+FW_INLINE int64_t size_of(Element e) {
+  return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2;
+}
+
 template <typename S>
 FW_INLINE void load_elements(const S* in, int64_t n, Compute<S> factor, Compute<S>* out) {
   constexpr int L = kLanes<Compute<S>>;
