@@ -152,3 +152,30 @@ def test_a_model_loses_less_than_by_nearest_rounding(make):
 def test_bad_calibration(tokens):
     with pytest.raises(ValueError, match=r"gptq_: expected int64 tokens of shape \[B, T\]"):
         gptq_(softmax_model(), tokens, progress=False)
+
+
+def test_another_kind_of_model():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"gptq_: expected a Hugging Face decoder .* Sequential"):
+        gptq_(model, torch.zeros(1, 8).long(), progress=False)
+
+
+def test_layers_keep_their_own_masks():
+    """Qwen2 with one full layer and two sliding ones: each is calibrated under its own mask."""
+    model = softmax_model(
+        "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=3
+    )
+    assert len(set(model.config.layer_types)) == 2
+    seen = [[] for _ in model.model.layers]
+    for layer, masks in zip(model.model.layers, seen, strict=True):
+        layer.register_forward_pre_hook(
+            lambda _, args, options, masks=masks: masks.append(options["attention_mask"]),
+            with_kwargs=True,
+        )
+    tokens = torch.arange(24)[None] % 50
+    model(tokens, use_cache=False)
+    assert len({mask is None or int(mask.sum()) for (mask,) in seen}) == 2
+    gptq_(model, tokens, group_size=32, progress=False)
+    for first, *masks in seen:
+        assert len(masks) >= 2
+        assert all(mask is first or torch.equal(mask, first) for mask in masks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,6 @@ from fastweights.quantization.gptq import gptq
 __all__ = ["gptq_"]
 
 Model = TypeVar("Model", bound=nn.Module)
-# A row of the calibration text at the input of a layer, and the layer's other arguments.
-Row = tuple[Tensor, dict[str, Any]]
 
 
 @torch.no_grad()
@@ -51,7 +49,10 @@ def gptq_(
         The model.
 
     Raises:
-        ValueError: tokens of another shape or dtype, or a layer with nothing to quantize.
+        ValueError: tokens of another shape or dtype, another kind of model, or a layer with nothing
+            to quantize.
+
+    Interrupted, it leaves the layers done so far quantized.
 
     Memory: the activations of the text between two layers, and one layer's Hessians.
     """
@@ -59,37 +60,47 @@ def gptq_(
         raise ValueError(
             f"gptq_: expected int64 tokens of shape [B, T], got {tokens.dtype} {list(tokens.shape)}"
         )
+    find_decoder: Any = getattr(model, "get_decoder", lambda: None)
+    layers = getattr(find_decoder(), "layers", None)
+    if not layers:
+        raise ValueError(
+            f"gptq_: expected a Hugging Face decoder with layers, got {type(model).__name__}"
+        )
     from tqdm.auto import tqdm
 
     training = model.training
     model.eval()
-    layers = model.get_decoder().layers  # type: ignore[operator]
-    rows = _inputs_of(layers[0], model, tokens)
-    bar = tqdm(layers, desc="gptq", unit="layer", disable=not progress)
-    for layer in bar:
-        linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
-        if not linears:
-            raise ValueError("gptq_: expected nn.Linear in every decoder layer, found none")
-        with _second_moments(linears) as moments:
-            exact = [_output(layer, row) for row in rows]
-        for name, linear in linears.items():
-            weight = gptq(
-                linear.weight, moments[name], format, group_size=group_size, activation=activation,
-                damping=damping, act_order=act_order,
-            )  # fmt: skip
-            parent, _, child = name.rpartition(".")
-            setattr(layer.get_submodule(parent), child, QuantizedLinear(weight, linear.bias))
-        rounded = [_output(layer, row) for row in rows]
-        error = sum(float((a - b).square().sum()) for a, b in zip(exact, rounded, strict=True))
-        change = sum(float((a - x).square().sum()) for a, (x, _) in zip(exact, rows, strict=True))
-        bar.set_postfix_str(f"error {100 * error / max(change, 1e-30):.2g} %")
-        rows = [(x, row[1]) for x, row in zip(rounded, rows, strict=True)]
-    model.train(training)
+    try:
+        rows, arguments = _inputs_of(layers, model, tokens)
+        bar = tqdm(layers, desc="gptq", unit="layer", disable=not progress)
+        for layer, options in zip(bar, arguments, strict=True):
+            linears = {n: m for n, m in layer.named_modules() if type(m) is nn.Linear}
+            if not linears:
+                raise ValueError("gptq_: expected nn.Linear in every decoder layer, found none")
+            with _second_moments(linears) as moments:
+                exact = [_output(layer, row, options) for row in rows]
+            for name, linear in linears.items():
+                weight = gptq(
+                    linear.weight, moments[name], format, group_size=group_size,
+                    activation=activation, damping=damping, act_order=act_order,
+                )  # fmt: skip
+                parent, _, child = name.rpartition(".")
+                setattr(layer.get_submodule(parent), child, QuantizedLinear(weight, linear.bias))
+            rounded = [_output(layer, row, options) for row in rows]
+            error = _distance(exact, rounded) / max(_distance(exact, rows), 1e-30)
+            bar.set_postfix_str(f"error {100 * error:.2g} %")
+            rows = rounded
+    finally:
+        model.train(training)
     return model
 
 
-def _output(layer: nn.Module, row: Row) -> Tensor:
-    result = layer(row[0], **row[1])
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True))
+
+
+def _output(layer: nn.Module, row: Tensor, options: dict[str, Any]) -> Tensor:
+    result = layer(row, **options)
     output: Tensor = result[0] if isinstance(result, tuple) else result
     return output
 
@@ -98,23 +109,33 @@ class _Caught(Exception):
     """Ends a forward pass once its first layer has been reached."""
 
 
-def _inputs_of(layer: nn.Module, model: nn.Module, tokens: Tensor) -> list[Row]:
-    rows: list[Row] = []
+def _inputs_of(
+    layers: nn.ModuleList, model: nn.Module, tokens: Tensor
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Every row at the input of the first layer, and every layer's other arguments.
 
-    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        rows.append((args[0], kwargs))
-        raise _Caught
+    Masks and positions may differ from layer to layer but not from row to row, so one row goes all
+    the way and the others stop at the first layer.
+    """
+    rows: list[Tensor] = []
+    arguments: dict[nn.Module, dict[str, Any]] = {}
 
-    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    def catch(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        if layer is layers[0]:
+            rows.append(args[0])
+        if len(rows) > 1:
+            raise _Caught
+        arguments[layer] = options
+
+    handles = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
     try:
         for row in tokens:
-            try:
-                model(row[None], use_cache=False)
-            except _Caught:
-                continue
+            with suppress(_Caught):
+                model(row[None], use_cache=False, logits_to_keep=1)
     finally:
-        handle.remove()
-    return rows
+        for handle in handles:
+            handle.remove()
+    return rows, [arguments[layer] for layer in layers]
 
 
 @contextmanager

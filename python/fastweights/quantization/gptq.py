@@ -58,7 +58,7 @@ def gptq(
         )
     grid = quantize(w, format, group_size=group_size, activation=activation)
     codes, scale, minimum = reference.unpack(grid)
-    groups = torch.arange(k) // grid.group_size
+    groups = torch.arange(k, device=w.device) // grid.group_size
     rounded = round_columns(
         w.detach().float(),
         hessian,
@@ -96,7 +96,7 @@ def round_columns(
         block: columns between updates of everything to their right; of no effect on the result but
             for rounding.
     """
-    order = torch.arange(w.shape[1])
+    order = torch.arange(w.shape[1], device=w.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     u = _inverse_factor(hessian[order][:, order], damping)
@@ -106,7 +106,7 @@ def round_columns(
     codes = torch.empty_like(w)
     for start in range(0, w.shape[1], block):
         stop = min(start + block, w.shape[1])
-        errors = torch.empty(w.shape[0], stop - start)
+        errors = w.new_empty(w.shape[0], stop - start)
         for i in range(start, stop):
             code = ((w[:, i] - minimum[:, i]) * inverse[:, i]).round().clamp(*code_range)
             error = (w[:, i] - (scale[:, i] * code + minimum[:, i])) / u[i, i]
