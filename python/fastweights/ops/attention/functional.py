@@ -254,30 +254,12 @@ def _hybrid_fake(
 
 
 def _hybrid_backward_fake(
-    grad_o: Tensor,
-    grad_S: Tensor | None,
-    grad_z: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    qf: Tensor,
-    kf: Tensor,
-    mix: Tensor,
-    g: Tensor | None,
-    sink: Tensor | None,
-    k_ring: Tensor | None,
-    v_ring: Tensor | None,
-    kf_ring: Tensor | None,
-    S0: Tensor | None,
-    z0: Tensor | None,
-    *_: Any,
-    **__: Any,
+    grad_o: Tensor, grad_S: Tensor | None, grad_z: Tensor | None, *inputs: Tensor | None, **_: Any
 ) -> tuple[Tensor, ...]:
-    def like(x: Tensor | None) -> Tensor:
-        return mix.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    past = (k_ring, v_ring, kf_ring, S0, z0)
-    return tuple(like(x) for x in (q, k, v, qf, kf, mix, g, sink, *past))
+    """A gradient for every input from q to z0, empty and of mix's dtype where it is absent."""
+    mix = inputs[5]
+    assert mix is not None
+    return tuple(mix.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:13])
 
 
 def _hybrid_setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
