@@ -27,7 +27,7 @@ function(fastweights_add_levels target sources)
     target_compile_definitions(kernels_${level} PRIVATE FW_LEVEL=${level})
     target_compile_options(kernels_${level} PRIVATE ${FASTWEIGHTS_FLAGS_${level}} -fno-exceptions -fno-rtti -Wno-psabi
                            # GCC 12 warns about its own AVX-512 header (gcc.gnu.org/PR105593)
-                           -Wno-uninitialized -Wno-maybe-uninitialized)
+                           "$<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>")
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:kernels_${level}>)
   endforeach()
 endfunction()

@@ -44,7 +44,7 @@ constexpr float code_unit(int t) {
 // Pins the order in which accumulators are updated: left alone, compilers gather products or broadcasts first and then
 // spill, which costs a third of the speed.
 template <typename V>
-FW_INLINE void keep_in_register(V& acc) {
+FW_INLINE void keep_in_register([[maybe_unused]] V& acc) {
 #if defined(__x86_64__) && !defined(FW_WIDE)
   asm volatile("" : "+v"(acc));
 #endif
