@@ -64,7 +64,6 @@ class ModuleEngine:
             logits = None if start is None else start.logits
             parts.append(_feed(self._model, tokens, cache, self._chunk, logits))
             self._groups.append((rows, cache))
-        release_free_memory()
         return self._in_order(parts)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -129,9 +128,10 @@ def _feed(
     from fastweights.integrations.transformers import cache_argument
 
     options = {**cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
-    for index, part in enumerate(tokens.split(chunk, 1) if tokens.numel() else ()):
+    parts = tokens.split(chunk, 1) if tokens.numel() else ()
+    for index, part in enumerate(parts, 1):
         logits = model(part, **options).logits[:, -1].float()
-        if index % _CHUNKS_PER_RELEASE == _CHUNKS_PER_RELEASE - 1:
+        if index % _CHUNKS_PER_RELEASE == 0 or 1 < index == len(parts):
             release_free_memory()
     assert logits is not None
     return logits
