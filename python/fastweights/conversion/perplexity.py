@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from fastweights.conversion.transfer import decoder
 
+# Positions whose logits exist at one time.
+_LOGITS = 512
+
 
 @overload
 def perplexity(
@@ -47,7 +50,7 @@ def perplexity(
 ) -> float | dict[str, float]:
     """Exp of the mean negative log-likelihood of a text's tokens.
 
-    The text streams through the model's cache in chunks and the logits of one chunk exist at a
+    The text streams through the model's cache in chunks and the logits of 512 tokens exist at a
     time: with a converted model, memory does not depend on the length. Works for softmax models,
     whose cache grows, too.
 
@@ -97,7 +100,10 @@ def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
         inputs = row[:, start : min(start + chunk, row.shape[1] - 1)]
         hidden = body(input_ids=inputs, use_cache=True, **cache).last_hidden_state[0]
         targets = row[0, start + 1 : start + 1 + len(hidden)]
-        losses.append(F.cross_entropy(head(hidden).float(), targets, reduction="none").double())
+        losses += [
+            F.cross_entropy(head(x).float(), y, reduction="none").double()
+            for x, y in zip(hidden.split(_LOGITS), targets.split(_LOGITS), strict=True)
+        ]
     return torch.cat(losses).cpu()
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastweights import data, perplexity
+from fastweights.conversion.attention import LinearizedAttention
+from fastweights.generation.loop import CHUNK
 
 # Held-out text is cut in two: short pieces for the overall figure, long ones for the positions.
 _SHORT_PIECES, _SHORT = 24, 512
@@ -60,19 +62,31 @@ class Text:
         return cls(**load_file(path))
 
 
-def perplexities(model: Any, held_out: Tensor, *, far: bool = False) -> dict[str, float]:
+def perplexities(model: Any, held_out: Tensor) -> dict[str, float]:
     """Held-out perplexity: "T=512" overall, and by position in long contexts.
 
     Args:
         model: a causal language model.
         held_out: `[N]`.
-        far: also "8192-32768", where a softmax model of 8192 positions cannot follow.
     """
     result = {"T=512": perplexity(model, held_out[: _SHORT_PIECES * _SHORT], length=_SHORT)}
     rest = held_out[_SHORT_PIECES * _SHORT :]
-    if far:
-        return result | perplexity(model, rest[:_FAR], by_position=(*POSITIONS, _FAR))
-    return result | perplexity(model, rest[:_LONG], by_position=POSITIONS)
+    chunk = prompt_chunk(model, _LONG)
+    return result | perplexity(model, rest[:_LONG], by_position=POSITIONS, chunk=chunk)
+
+
+def is_linear(model: Any) -> bool:
+    """Whether `linearize` has converted `model`."""
+    return any(isinstance(module, LinearizedAttention) for module in model.modules())
+
+
+def prompt_chunk(model: Any, length: int) -> int:
+    """Tokens per forward pass of a prompt of `length` that suit a model.
+
+    A linear one takes any; torch's softmax attention is fast only on a whole prompt, without a
+    past and its mask.
+    """
+    return CHUNK if is_linear(model) else length
 
 
 def drift(model: Any, held_out: Tensor) -> dict[str, float]:

@@ -11,15 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastweights.conversion.attention import LinearizedAttention
-from fastweights.demo.model import Text
+from fastweights.demo.model import Text, is_linear, prompt_chunk
 from fastweights.generation.engine import Engine
-from fastweights.generation.loop import CHUNK
 from fastweights.generation.state import GenerationState
 
 STEPS = 64
@@ -54,7 +51,8 @@ def _main(path: str, tokens: Path, contexts: list[int]) -> None:
     read = 0
     with torch.inference_mode():
         for context in contexts:
-            engine = engine_for(model, chunk=CHUNK, start=state)
+            chunk = prompt_chunk(model, context - read)
+            engine = engine_for(model, chunk=chunk, start=state)
             started = time.perf_counter()
             engine.read([text[read:context]])
             seconds = time.perf_counter() - started
@@ -71,11 +69,6 @@ def _seconds_per_token(engine: Engine, text: Tensor) -> float:
     for token in text[:STEPS]:
         engine.step(token[None])
     return (time.perf_counter() - started) / STEPS
-
-
-def is_linear(model: Any) -> bool:
-    """Whether `linearize` has converted `model`."""
-    return any(isinstance(module, LinearizedAttention) for module in model.modules())
 
 
 def resident_megabytes() -> float:

@@ -10,13 +10,14 @@ from typing import Any
 
 from fastweights import linearize, load, recover, save, transfer_attention
 from fastweights._cli.quantize import quantize_for_decoding
-from fastweights.demo.model import Text, drift, perplexities, smollm2
+from fastweights.demo.model import Text, drift, is_linear, perplexities, smollm2
 from fastweights.demo.results import Results
-from fastweights.demo.speed import is_linear, measure
+from fastweights.demo.speed import measure
 
 # Minutes of training in the demo, which together with everything else takes 15 on two cores.
-TRANSFER_MINUTES, RECOVER_MINUTES = 2.2, 5.5
+TRANSFER_MINUTES, RECOVER_MINUTES = 2.0, 5.2
 
+WINDOW = 128
 OURS = (128, 1024, 8192, 32768)
 THEIRS = (128, 1024, 8192)
 _QUESTION = "Explain in three sentences what a mutex is and when a program needs one."
@@ -49,7 +50,7 @@ class Pipeline:
         stage("recover", lambda: self._train(path / "transferred", path / "recovered", _recover))
         stage("after LoRA", lambda: self._measured(path / "recovered"))
         stage("quantize", lambda: self._quantize(path / "recovered", path / "int4"))
-        stage("after 4 bits", lambda: self._measured(path / "int4", far=True))
+        stage("after 4 bits", lambda: self._measured(path / "int4"))
         stage("speed of ours", lambda: measure(path / "int4", self.text, OURS))
         stage("speed of transformers", lambda: measure(self.original, self.text, THEIRS))
         stage("sample", lambda: _answer(path / "int4"))
@@ -61,7 +62,7 @@ class Pipeline:
         if importlib.util.find_spec("xllamacpp"):
             stage("speed of llama.cpp", self._llama_cpp)
         stage("drift", lambda: self._drift(path / "recovered"))
-        stage("swapped", lambda: self._control(lambda m: linearize(m)))
+        stage("swapped", lambda: self._control(_linear))
         stage("window only", lambda: self._control(_window_only))
         # The same steps as in the demo, not the same minutes.
         transfer, recover = self._again("transfer", _transfer), self._again("recover", _recover)
@@ -95,12 +96,12 @@ class Pipeline:
         return {"training tokens": len(text.train), "held-out tokens": len(text.held_out)}
 
     def _measured(
-        self, source: Path, *, far: bool = False, change: Callable[[Any], Any] | None = None
+        self, source: Path, *, change: Callable[[Any], Any] | None = None
     ) -> dict[str, float]:
         model, _ = load(source)
         if change is not None:
             model = change(model)
-        return perplexities(model, Text.load(self.text).held_out, far=far)
+        return perplexities(model, Text.load(self.text).held_out)
 
     def _llama_cpp(self) -> dict[str, dict[str, float]]:
         return measure(smollm2(), self.text, THEIRS, "fastweights.demo.llama_cpp")
@@ -116,12 +117,12 @@ class Pipeline:
         source: Path,
         target: Path,
         training: Callable[..., Any],
-        change: Callable[[Any], Any] = linearize,
+        change: Callable[[Any], Any] | None = None,
     ) -> dict[str, Any]:
         """Loads `source`, which `change` prepares unless it is converted, trains and saves it."""
         model, tokenizer = load(source)
         if not is_linear(model):
-            model = change(model)
+            model = (change or _linear)(model)
         checkpoint = target.with_suffix(".checkpoint")
         log = training(model, Text.load(self.text).train, checkpoint=checkpoint)
         if log.interrupted:
@@ -150,6 +151,10 @@ def _recover(
     return recover(model, tokens, minutes=minutes, **options)
 
 
+def _linear(model: Any) -> Any:
+    return linearize(model, window=WINDOW)
+
+
 def _published(model: Any) -> Any:
     return linearize(model, "lolcats")
 
@@ -159,13 +164,13 @@ def _unchanged(model: Any) -> Any:
 
 
 def _window_only(model: Any) -> Any:
-    """The same weights under softmax over the latest 64 tokens alone: Mistral is Llama with one."""
+    """The same weights under softmax over the window alone: Mistral is Llama with one."""
     from transformers import MistralConfig, MistralForCausalLM
 
     values = model.config.to_dict()
     values.pop("model_type")
     values.pop("architectures", None)
-    changed = MistralForCausalLM(MistralConfig(**values | {"sliding_window": 64}))
+    changed = MistralForCausalLM(MistralConfig(**values | {"sliding_window": WINDOW}))
     changed.load_state_dict(model.state_dict())
     return changed.eval()
 
