@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -47,28 +48,45 @@ def _main(path: str, tokens: Path, contexts: list[int]) -> None:
 
     model, _ = load(path)
     text = Text.load(tokens).train
+    rows: list[dict[str, float]] = []
+    pasts: list[Engine | Path] = []
     state: GenerationState | None = None
     read = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), TemporaryDirectory() as folder:
         for context in contexts:
-            chunk = prompt_chunk(model, context - read)
-            engine = engine_for(model, chunk=chunk, start=state)
+            engine = engine_for(model, chunk=prompt_chunk(model, context - read), start=state)
             started = time.perf_counter()
             engine.read([text[read:context]])
             seconds = time.perf_counter() - started
             row = {"context": context, "prefill tokens/s": (context - read) / seconds}
             if is_linear(model):
+                # On disk, so that the memory of one context does not hold the states of others.
+                file = Path(folder, str(context))
                 state, read = engine.state().select([0]), context
-            best = min(_seconds_per_token(engine, text) for _ in range(REPEATS))
-            row |= {"tokens/s": 1 / best, "MB": resident_megabytes()}
-            print(json.dumps(row), flush=True)
+                state.save(file)
+                pasts.append(file)
+            else:
+                pasts.append(engine)
+            engine.step(text[:1])
+            rows.append(row | {"MB": resident_megabytes(), "tokens/s": 0.0})
+        # In turn: what else the machine does meets every context alike.
+        for row, past in [*zip(rows, pasts, strict=True)] * REPEATS:
+            again: Engine
+            if isinstance(past, Path):
+                assert state is not None
+                again = engine_for(model, chunk=1, start=state.restore(past))
+                again.read([text[:0]])
+            else:
+                again = past
+            row["tokens/s"] = max(row["tokens/s"], _tokens_per_second(again, text))
+    print(*map(json.dumps, rows), sep="\n")
 
 
-def _seconds_per_token(engine: Engine, text: Tensor) -> float:
+def _tokens_per_second(engine: Engine, text: Tensor) -> float:
     started = time.perf_counter()
     for token in text[:STEPS]:
         engine.step(token[None])
-    return (time.perf_counter() - started) / STEPS
+    return STEPS / (time.perf_counter() - started)
 
 
 def resident_megabytes() -> float:

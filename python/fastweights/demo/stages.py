@@ -15,9 +15,11 @@ from fastweights.demo.results import Results
 from fastweights.demo.speed import measure
 
 # Minutes of training in the demo, which together with everything else takes 15 on two cores.
-TRANSFER_MINUTES, RECOVER_MINUTES = 2.0, 5.2
+TRANSFER_MINUTES, RECOVER_MINUTES = 2.0, 4.6
 
+# Twice the default: 1.02 times the original's perplexity at T=512 instead of 1.11 times.
 WINDOW = 128
+
 OURS = (128, 1024, 8192, 32768)
 THEIRS = (128, 1024, 8192)
 _QUESTION = "Explain in three sentences what a mutex is and when a program needs one."
