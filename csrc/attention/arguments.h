@@ -8,6 +8,7 @@
 
 #include "attention/kernel.h"
 #include "core/check.h"
+#include "core/pages.h"
 
 namespace fastweights::attention {
 
@@ -36,7 +37,7 @@ struct Arguments {
   }
 
   Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
-    return torch::stable::new_empty(held.front(), {sizes.begin(), sizes.size()}, dtype);
+    return in_huge_pages(torch::stable::new_empty(held.front(), {sizes.begin(), sizes.size()}, dtype));
   }
 
   Tensor make_zeros(std::initializer_list<int64_t> sizes) const {

@@ -10,6 +10,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 namespace fastweights {
 namespace {
@@ -71,6 +74,14 @@ void set_cpu_level(const char* name) {
     throw std::runtime_error("cpu_level: expected one of " + allowed + " on this machine, got '" + name + "'");
   }
   current().store(found, std::memory_order_relaxed);
+}
+
+int64_t cache_bytes() noexcept {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 512 * 1024;
 }
 
 }  // namespace fastweights

@@ -24,6 +24,9 @@ CpuLevel cpu_level() noexcept;
 
 // Throws std::runtime_error for an unknown name or a level that this machine lacks.
 void set_cpu_level(const char* name);
+
+// Bytes of a core's second-level cache, 512 KiB where the system does not say.
+int64_t cache_bytes() noexcept;
 #pragma GCC visibility pop
 
 }  // namespace fastweights

@@ -43,46 +43,62 @@ FW_INLINE void gemm_tile(int64_t K, const T* A, int64_t am, int64_t ak, const T*
   }
 }
 
-template <typename T, int MR>
-static __attribute__((noinline)) void gemm_rows(int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B,
-                                                int64_t ldb, T* C, int64_t ldc, bool accumulate) {
-  constexpr int L = kLanes<T>, NV = kTileVectors;
-  int64_t n = 0;
-  for (; n + NV * L <= N; n += NV * L) gemm_tile<T, MR, NV>(K, A, am, ak, B + n, ldb, C + n, ldc, accumulate);
-  if constexpr (NV > 2) {
-    for (; n + 2 * L <= N; n += 2 * L) gemm_tile<T, MR, 2>(K, A, am, ak, B + n, ldb, C + n, ldc, accumulate);
-  }
-  for (; n < N; n += L) gemm_tile<T, MR, 1>(K, A, am, ak, B + n, ldb, C + n, ldc, accumulate);
-}
+template <int N>
+struct Int {};
 
-template <typename T, int MR>
-FW_INLINE void gemm_tail(int64_t m, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb,
-                         T* C, int64_t ldc, bool accumulate) {
+template <int MR, typename F>
+FW_INLINE void with_rows(int64_t rows, const F& f) {
   if constexpr (MR > 0) {
-    if (m == MR) {
-      gemm_rows<T, MR>(N, K, A, am, ak, B, ldb, C, ldc, accumulate);
+    if (rows == MR) {
+      f(Int<MR>{});
     } else {
-      gemm_tail<T, MR - 1>(m, N, K, A, am, ak, B, ldb, C, ldc, accumulate);
+      with_rows<MR - 1>(rows, f);
     }
   }
 }
 
+// f(Int<rows>{}, first row) over panels of at most kTileRows rows; what is left goes in halves, since a panel of one
+// or two rows has too few sums in flight.
+template <typename F>
+FW_INLINE void for_panels(int64_t M, const F& f) {
+  constexpr int MR = kTileRows;
+  int64_t m = 0;
+  for (; M - m >= 2 * MR || M - m == MR; m += MR) f(Int<MR>{}, m);
+  while (m < M) {
+    const int64_t rest = M - m, rows = rest > MR ? (rest + 1) / 2 : rest;
+    with_rows<MR>(rows, [&](auto n) { f(n, m); });
+    m += rows;
+  }
+}
+
+// f(Int<vectors>{}, first column) over N columns, a multiple of the lane count.
+template <typename T, typename F>
+FW_INLINE void for_strips(int64_t N, const F& f) {
+  constexpr int L = kLanes<T>, NV = kTileVectors;
+  int64_t n = 0;
+  for (; n + NV * L <= N; n += NV * L) f(Int<NV>{}, n);
+  if constexpr (NV > 2) {
+    for (; n + 2 * L <= N; n += 2 * L) f(Int<2>{}, n);
+  }
+  for (; n < N; n += L) f(Int<1>{}, n);
+}
+
+template <typename T, int NV>
+static __attribute__((noinline)) void gemm_strip(int64_t M, int64_t K, const T* A, int64_t am, int64_t ak, const T* B,
+                                                 int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t m) {
+    gemm_tile<T, MR, NV>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
+  });
+}
+
 // C[m, n] = (accumulate ? C[m, n] : 0) + sum_k A[m * am + k * ak] * B[k * ldb + n]; the sum runs in the order of k.
 // N is a multiple of the lane count. A row-major (am = lda, ak = 1) and A transposed (am = 1, ak = lda) are equally
-// fast.
+// fast. All rows of a strip of columns in turn: the strip of B stays in the first-level cache, which all of B exceeds.
 template <typename T>
 FW_INLINE void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
                     int64_t ldc, bool accumulate) {
-  constexpr int MR = kTileRows;
-  int64_t m = 0;
-  for (; M - m >= 2 * MR || M - m == MR; m += MR)
-    gemm_rows<T, MR>(N, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
-  // What is left, less than two panels, goes in halves: a panel of one or two rows has too few sums in flight.
-  while (m < M) {
-    const int64_t rest = M - m, rows = rest > MR ? (rest + 1) / 2 : rest;
-    gemm_tail<T, MR>(rows, N, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, accumulate);
-    m += rows;
-  }
+  for_strips<T>(
+      N, [&]<int NV>(Int<NV>, int64_t n) { gemm_strip<T, NV>(M, K, A, am, ak, B + n, ldb, C + n, ldc, accumulate); });
 }
 
 template <int MR, int NV>

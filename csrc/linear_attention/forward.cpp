@@ -4,9 +4,6 @@
 
 namespace fastweights::linear_attention::FW_LEVEL {
 
-// States of the heads that are worked on in turn stay in the second-level cache.
-constexpr int64_t kStateBytes = 256 * 1024;
-
 template <typename T>
 class ChunkedForward {
  public:
@@ -109,7 +106,8 @@ static void forward_tasks(const ForwardArgs& a, int64_t begin, int64_t end) {
     return;
   }
   const int64_t columns = a.p.tile_width + a.p.normalize;
-  const int64_t at_once = heads_at_once<T>(a.p, columns, kStateBytes);
+  // The states of the heads that are worked on in turn stay in the second-level cache.
+  const int64_t at_once = heads_at_once<T>(a.p, columns, a.p.cache / 2);
   ChunkedForward<T> chunked(a, columns, at_once);
   for_head_groups(a.p, begin, end, at_once, [&](int64_t task, int64_t heads) { chunked.run(task, heads); });
 }

@@ -36,6 +36,7 @@ struct Problem {
   const int64_t* starts;      // [sequences + 1] among all tokens; null: each sequence is a batch entry of T tokens
   States initial;             // S, z null: zeros
   int64_t tiles, tile_width;  // V in tiles of tile_width columns, the last one may be narrower
+  int64_t cache;              // bytes of a core's second-level cache
 };
 
 // Task (n * tiles + tile) * HV + h.

@@ -121,6 +121,7 @@ Inputs check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tens
   p.eps = options.eps;
   p.sequences = B, p.T = T, p.H = H, p.HV = HV, p.K = K, p.V = V;
   p.tiles = 1, p.tile_width = V;
+  p.cache = cache_bytes();
   if (cu_seqlens) {
     check_rank(op, "cu_seqlens", *cu_seqlens, 1, "[N + 1]");
     check_cpu(op, "cu_seqlens", *cu_seqlens);
@@ -175,8 +176,8 @@ int64_t state_slots(const Inputs& in) {
 
 Tensor new_kept_states(const Inputs& in) {
   const Problem& p = in.problem;
-  Tensor states =
-      torch::stable::new_empty(in.q, {state_slots(in), p.HV, p.K, p.V + p.normalize}, state_dtype(in.q.scalar_type()));
+  Tensor states = in_huge_pages(
+      torch::stable::new_empty(in.q, {state_slots(in), p.HV, p.K, p.V + p.normalize}, state_dtype(in.q.scalar_type())));
   // The count of slots is an upper bound that depends on shapes only: those that no token fills are zeroed here.
   const size_t slot = size_t(p.HV * p.K * (p.V + p.normalize)) * (in.q.scalar_type() == ScalarType::Double ? 8 : 4);
   char* data = static_cast<char*>(states.data_ptr());
@@ -219,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention(
   split_columns(in.problem, torch::stable::get_num_threads());
   const Problem& p = in.problem;
 
-  Tensor o = torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V});
+  Tensor o = in_huge_pages(torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V}));
   Tensor final_state = output_final_state ? new_state(in, state_v_first) : none_like(in);
   Tensor final_z = output_final_state && normalize ? new_z(in) : none_like(in);
   Tensor states = keep_states ? new_kept_states(in) : none_like(in);

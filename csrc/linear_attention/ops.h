@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/pages.h"
 #include "linear_attention/kernel.h"
 
 namespace fastweights::linear_attention {

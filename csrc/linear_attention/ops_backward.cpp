@@ -84,17 +84,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
 
   BackwardArgs args{};
   const auto rows_for = [&](const Tensor& like) {
-    return partial ? torch::stable::new_empty(like, {in.B, p.T, heads, p.K}, wide)
-                   : torch::stable::new_empty(like, like.sizes());
+    return in_huge_pages(partial ? torch::stable::new_empty(like, {in.B, p.T, heads, p.K}, wide)
+                                 : torch::stable::new_empty(like, like.sizes()));
   };
   Tensor dq = rows_for(q), dk = rows_for(k);
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  Tensor dv = in_huge_pages(torch::stable::new_empty(v, v.sizes()));
   Tensor dg = none_like(in);
   if (p.gate == Gate::head) {
     dg = torch::stable::new_empty(q, {p.sequences, heads}, wide);
     args.dg = {dg.data_ptr(), heads, 0, 1, element_of(wide)};
   } else if (p.gate != Gate::none) {
-    dg = torch::stable::new_empty(q, {in.B, p.T, heads, p.gate == Gate::channel ? p.K : 1}, wide);
+    dg = in_huge_pages(torch::stable::new_empty(q, {in.B, p.T, heads, p.gate == Gate::channel ? p.K : 1}, wide));
     args.dg = rows_of(dg);
   }
   Tensor dinitial_state = initial_state ? new_state(in, state_v_first) : none_like(in);

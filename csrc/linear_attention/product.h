@@ -25,9 +25,6 @@ struct Right {
   int64_t ld;
 };
 
-template <int N>
-struct Int {};
-
 enum class Triangle { lower, upper };
 enum class By { rows, columns };
 
@@ -126,43 +123,6 @@ struct Tile {
     }
   }
 };
-
-template <int MR, typename F>
-FW_INLINE void with_rows(int64_t rows, const F& f) {
-  if constexpr (MR > 0) {
-    if (rows == MR) {
-      f(Int<MR>{});
-    } else {
-      with_rows<MR - 1>(rows, f);
-    }
-  }
-}
-
-// f(Int<rows>{}, first row) over panels of at most kTileRows rows; what is left goes in halves, since a panel of one
-// or two rows has too few sums in flight.
-template <typename F>
-FW_INLINE void for_panels(int64_t M, const F& f) {
-  constexpr int MR = kTileRows;
-  int64_t m = 0;
-  for (; M - m >= 2 * MR || M - m == MR; m += MR) f(Int<MR>{}, m);
-  while (m < M) {
-    const int64_t rest = M - m, rows = rest > MR ? (rest + 1) / 2 : rest;
-    with_rows<MR>(rows, [&](auto n) { f(n, m); });
-    m += rows;
-  }
-}
-
-// f(Int<vectors>{}, first column) over N columns, a multiple of the lane count.
-template <typename T, typename F>
-FW_INLINE void for_strips(int64_t N, const F& f) {
-  constexpr int L = kLanes<T>, NV = kTileVectors;
-  int64_t n = 0;
-  for (; n + NV * L <= N; n += NV * L) f(Int<NV>{}, n);
-  if constexpr (NV > 2) {
-    for (; n + 2 * L <= N; n += 2 * L) f(Int<2>{}, n);
-  }
-  for (; n < N; n += L) f(Int<1>{}, n);
-}
 
 // out[i] = scale[i] * (a1 b1)[i] + sum over j <= i (upper: j >= i, below M) of a2[i, j] b2[j], for M rows and the NV
 // vectors of columns at b1, b2 and out; scale null: 1. All rows of a strip of columns in turn: it stays in the

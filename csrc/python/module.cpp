@@ -2,8 +2,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -69,16 +71,32 @@ double peak_flops(bool bf16, int64_t rounds) {
   return flops / seconds_since(start);
 }
 
+constexpr std::align_val_t kCacheLine{64};
+
+// Ones, as floats; as pairs of bfloat16 they are ordinary numbers too.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(int64_t n)
+      : data_(static_cast<float*>(::operator new(size_t(n) * sizeof(float), kCacheLine))) {
+    std::fill_n(data_, n, 1.0f);
+  }
+  ~AlignedFloats() { ::operator delete(data_, kCacheLine); }
+  AlignedFloats(const AlignedFloats&) = delete;
+  AlignedFloats& operator=(const AlignedFloats&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+
 double gemm_flops(bool bf16, int64_t M, int64_t N, int64_t K, int64_t repeats) {
   if (M < 1 || N < 1 || K < 1 || repeats < 1 || N % 16 != 0 || (bf16 && K % 2 != 0) || M > 4096 || N > 4096 ||
       K > 4096) {
     throw py::value_error("gemm_flops: expected 1 <= M, N, K <= 4096, N a multiple of 16, K even for bf16");
   }
-  const int64_t halve = bf16 ? 2 : 1;
-  Floats a(M * K / halve), b(K * N / halve), c(M * N);
-  for (int64_t i = 0; i < a.size(); ++i) a.mutable_data()[i] = 1.0f;
-  for (int64_t i = 0; i < b.size(); ++i) b.mutable_data()[i] = 1.0f;
-  GemmArgs args{bf16, M, N, K, repeats, a.data(), b.data(), c.mutable_data()};
+  // As the kernels' own scratch memory is: aligned to cache lines.
+  const AlignedFloats a(M * K), b(K * N), c(M * N);
+  GemmArgs args{bf16, M, N, K, repeats, a.get(), b.get(), c.get()};
   py::gil_scoped_release release;
   const auto start = std::chrono::steady_clock::now();
   FW_KERNEL(gemm_tile)(args, 0, 1);

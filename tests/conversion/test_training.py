@@ -12,7 +12,8 @@ from fastweights.training.loop import window_seed
 
 from .conftest import shake, tiny
 
-QUIET = dict(progress=False)
+# float32 whatever the machine is faster in: what is compared here is exact.
+QUIET = dict(progress=False, precision="float32")
 
 
 def text(n=4000):
@@ -207,7 +208,7 @@ def test_the_precision_is_chosen_kept_and_checked(tmp_path):
         return fw.transfer_attention(model, text(), **QUIET | options | kw)
 
     assert run(precision="bfloat16").losses
-    assert run().losses and run(precision="auto").losses
+    assert run(precision="auto").losses
     with pytest.raises(ValueError, match="expected a checkpoint with precision=float32"):
         run(precision="float32")
     with pytest.raises(ValueError, match="expected precision 'auto', 'float32' or 'bfloat16'"):

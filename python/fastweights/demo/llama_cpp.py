@@ -1,7 +1,7 @@
 """llama.cpp on the same file, where the package xllamacpp brings it: tokens per second by context.
 
-Run as `python -m fastweights.demo.llama_cpp GGUF TEXT CONTEXT...`; prints one JSON object per
-context.
+Run as `python -m fastweights.demo.llama_cpp GGUF TEXT DTYPE CONTEXT...`, of which DTYPE is not
+used; prints one JSON object per context.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ def _main(path: str, tokens: Path, contexts: list[int]) -> None:
     params: Any = xllamacpp.CommonParams()
     params.model.path = path
     params.n_parallel = 1
-    params.n_ctx = max(contexts) + 2 * STEPS
+    params.n_ctx = max(contexts)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server: Any = xllamacpp.Server(params)
     text = Text.load(tokens).train.tolist()
     for context in contexts:
-        request = {"prompt": text[:context], "n_predict": STEPS, "ignore_eos": True}
+        # The answer has to fit the model's positions too.
+        prompt = text[: min(context, params.n_ctx - STEPS)]
+        request = {"prompt": prompt, "n_predict": STEPS, "ignore_eos": True}
         timings = [server.handle_completions(request)["timings"] for _ in range(REPEATS)]
         row = {
             "context": context,
@@ -40,4 +42,5 @@ def _main(path: str, tokens: Path, contexts: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]), [int(context) for context in sys.argv[3:]])
+    model, tokens, _, *contexts = sys.argv[1:]
+    _main(model, Path(tokens), [int(context) for context in contexts])

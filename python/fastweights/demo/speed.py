@@ -1,6 +1,7 @@
 """Tokens per second and resident memory by the length of the context, in a process of its own.
 
-Run as `python -m fastweights.demo.speed DIR TEXT CONTEXT...`; prints one JSON object per context.
+Run as `python -m fastweights.demo.speed DIR TEXT DTYPE CONTEXT...`; prints one JSON object per
+context.
 """
 
 from __future__ import annotations
@@ -25,28 +26,33 @@ REPEATS = 3
 
 
 def measure(
-    model: Path, text: Path, contexts: tuple[int, ...], runner: str = "fastweights.demo.speed"
+    model: Path,
+    text: Path,
+    contexts: tuple[int, ...],
+    *,
+    dtype: str = "float32",
+    runner: str = "fastweights.demo.speed",
 ) -> dict[str, dict[str, float]]:
     """{context: {"tokens/s": decoding, "MB": resident memory, "prefill tokens/s": ...}}.
 
     Args:
         model: a model folder or GGUF file.
         text: tokens, as `Text.save` keeps them.
+        dtype: of the weights and activations that are not quantized.
         runner: module that is run with these arguments.
         contexts: ascending lengths. A converted model is read into once and goes on from there.
     """
-    command = [sys.executable, "-m", runner, str(model), str(text)]
-    command += map(str, contexts)
+    command = [sys.executable, "-m", runner, str(model), str(text), dtype, *map(str, contexts)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     lines = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))
     return {str(line.pop("context")): line for line in lines}
 
 
-def _main(path: str, tokens: Path, contexts: list[int]) -> None:
+def _main(path: str, tokens: Path, dtype: torch.dtype, contexts: list[int]) -> None:
     from fastweights import load
     from fastweights.generation.compiled import engine_for
 
-    model, _ = load(path)
+    model = load(path)[0].to(dtype)
     text = Text.load(tokens).train
     rows: list[dict[str, float]] = []
     pasts: list[Engine | Path] = []
@@ -99,4 +105,5 @@ def resident_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]), [int(context) for context in sys.argv[3:]])
+    model, text, dtype, *contexts = sys.argv[1:]
+    _main(model, Path(text), getattr(torch, dtype), [int(context) for context in contexts])

@@ -31,8 +31,12 @@ _CONTROLS = (
     "published after LoRA",
     "drift",
 )
-_RUNNERS = ("ours", "transformers", "llama.cpp")
-_LABELS = {"ours": "fastweights, linear, 4 bits", "llama.cpp": "llama.cpp, 4 bits"}
+_RUNNERS = ("ours", "transformers", "transformers, bfloat16", "llama.cpp")
+_LABELS = {
+    "ours": "fastweights, linear, 4 bits",
+    "transformers": "transformers, float32",
+    "llama.cpp": "llama.cpp, 4 bits",
+}
 _SPEEDS = {"tokens/s": "tokens/s", "prefill tokens/s": "prompt tokens/s", "MB": "MB"}
 _MODEL = "SmolLM2-135M-Instruct"
 
@@ -41,6 +45,7 @@ def summary_table(results: Results) -> str:
     """What the demo reaches, in two rows."""
     rows = (
         ("transformers: softmax attention, float32", "original", "speed of transformers"),
+        ("transformers: softmax attention, bfloat16", "", "speed of transformers, bfloat16"),
         ("llama.cpp: softmax attention, 4 bits", "", "speed of llama.cpp"),
         ("**fastweights: linear attention, 4 bits**", "after 4 bits", "speed of ours"),
     )
