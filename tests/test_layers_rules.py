@@ -19,7 +19,7 @@ KERNELS = [
     for p in CPP
     if p.suffix == ".cpp"
     and not p.name.startswith("ops")
-    and (p.parent.name not in {"core", "python"} or p.name == "probe.cpp")
+    and (p.parent.name not in {"core", "python"} or p.name in {"probe.cpp", "sum_heads.cpp"})
 ]
 
 

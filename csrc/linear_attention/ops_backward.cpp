@@ -3,9 +3,6 @@
 
 #include <tuple>
 
-#include "core/check.h"
-#include "core/cpu_level.h"
-#include "core/parallel.h"
 #include "linear_attention/ops.h"
 
 namespace fastweights::linear_attention {
@@ -14,24 +11,6 @@ namespace {
 // dq and dk are exact per (tile, value head) and summed in a fixed order afterwards, so the split follows the shape
 // alone: this many tasks, whatever the number of threads.
 constexpr int64_t kTasks = 4;
-
-Tensor reduced(const Tensor& partial, const Tensor& like, const Problem& p) {
-  Tensor out = torch::stable::new_empty(like, like.sizes());
-  ReduceArgs args{rows_of(partial), rows_of(out), p.T, out.size(2), p.HV, out.size(3), p.tiles};
-  parallel_tasks(out.size(0) * p.T, double(p.tiles * p.HV * p.K),
-                 [&](int64_t begin, int64_t end) { FW_KERNEL(reduce)(args, begin, end); });
-  return out;
-}
-
-// The sum over sequences and tiles of [N, tiles * HV].
-template <typename T>
-void sum_head_gate(const Tensor& partial, const Problem& p, Tensor& out) {
-  const T* in = partial.const_data_ptr<T>();
-  T* sum = out.mutable_data_ptr<T>();
-  for (int64_t h = 0; h < p.HV; ++h) sum[h] = T(0);
-  for (int64_t i = 0; i < p.sequences * p.tiles; ++i)
-    for (int64_t h = 0; h < p.HV; ++h) sum[h] += in[i * p.HV + h];
-}
 
 }  // namespace
 
@@ -60,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   Tensor kept = states;
   if (p.form == Form::chunked) {
     if (states.numel() == 0) {
-      kept = new_kept_states(in);
+      kept = new_kept_states(in.q, p);
       ForwardArgs args{};
       args.p = p;
       args.states = kept.data_ptr();
@@ -68,9 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
       split_columns(args.p, torch::stable::get_num_threads());
       run_forward(args);
     } else {
-      check_shape(op, "states", states, {state_slots(in), p.HV, p.K, p.V + normalize}, "[slots, HV, K, V]", "q and v");
-      check_dtype(op, "states", states, state_dtype(q.scalar_type()), "");
-      check(states.is_contiguous(), op, "expected states to be contiguous, got strides of a view");
+      check_kept_states(op, states, q, p);
     }
   }
   split_columns(p, kTasks);
@@ -89,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   };
   Tensor dq = rows_for(q), dk = rows_for(k);
   Tensor dv = in_huge_pages(torch::stable::new_empty(v, v.sizes()));
-  Tensor dg = none_like(in);
+  Tensor dg = none_like(in.q);
   if (p.gate == Gate::head) {
     dg = torch::stable::new_empty(q, {p.sequences, heads}, wide);
     args.dg = {dg.data_ptr(), heads, 0, 1, element_of(wide)};
@@ -97,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
     dg = in_huge_pages(torch::stable::new_empty(q, {in.B, p.T, heads, p.gate == Gate::channel ? p.K : 1}, wide));
     args.dg = rows_of(dg);
   }
-  Tensor dinitial_state = initial_state ? new_state(in, state_v_first) : none_like(in);
-  Tensor dinitial_z = initial_z ? new_z(in) : none_like(in);
+  Tensor dinitial_state = initial_state ? new_state(in.q, p, state_v_first) : none_like(in.q);
+  Tensor dinitial_z = initial_z ? new_z(in) : none_like(in.q);
 
   if (o_rows) args.o = rows_of(*o_rows);
   args.grad_o = rows_of(grad_rows);
@@ -108,23 +85,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   args.states = kept.numel() ? kept.data_ptr() : nullptr;
   args.dq = rows_of(dq), args.dk = rows_of(dk), args.dv = rows_of(dv);
   args.p = p;
-  const double tokens = double(p.T) / (p.starts ? double(std::max<int64_t>(p.sequences, 1)) : 1.0);
-  parallel_tasks(p.sequences * heads, (tokens + 1) * 10 * double(p.K) * double(p.tile_width + 1),
+  parallel_tasks(p.sequences * heads, (tokens_per_sequence(p) + 1) * 10 * double(p.K) * double(p.tile_width + 1),
                  [&](int64_t begin, int64_t end) { FW_KERNEL(backward)(args, begin, end); });
 
   if (partial) {
-    dq = reduced(dq, q, p);
-    dk = reduced(dk, k, p);
+    dq = summed_heads(dq, q, p);
+    dk = summed_heads(dk, k, p);
   }
   if (p.gate == Gate::head) {
-    Tensor sum = torch::stable::new_empty(q, {p.HV}, wide);
-    wide == ScalarType::Double ? sum_head_gate<double>(dg, p, sum) : sum_head_gate<float>(dg, p, sum);
-    dg = sum;
+    dg = summed_rows(dg, p.HV);
   } else if (p.gate != Gate::none) {
     const int64_t n = p.gate == Gate::channel ? p.K : 1;
     if (p.tiles > 1) {
       const Tensor like = torch::stable::new_empty(q, {in.B, p.T, p.HV, n}, wide);
-      dg = reduced(dg, like, p);
+      dg = summed_heads(dg, like, p);
     }
     dg = torch::stable::reshape(dg, g->sizes());
   }

@@ -23,8 +23,8 @@ struct Inputs {
   static States states(std::vector<float>& x) { return {x.data(), H * K * V, K * V, V, 1, nullptr}; }
 
   Problem problem(Form form) {
-    return {rows(q, K), rows(k, K), rows(v, V), rows(g, K), Gate::channel,   form, false, false, 0.25, 1e-6, N, T, H,
-            H,          K,          V,          nullptr,    states(initial), 1,    V};
+    const Recurrence shape{N, T, H, H, K, V, nullptr, 1, V, false, false};
+    return {shape, rows(q, K), rows(k, K), rows(v, V), rows(g, K), Gate::channel, form, 0.25, 1e-6, states(initial)};
   }
 };
 

@@ -1,10 +1,10 @@
+#include "core/rows.h"
 #include "core/scratch.h"
-#include "linear_attention/rows.h"
 
-namespace fastweights::linear_attention::FW_LEVEL {
+namespace fastweights::FW_LEVEL {
 
 template <typename T>
-static void reduce_tasks(const ReduceArgs& a, int64_t begin, int64_t end) {
+static void sum_heads_tasks(const SumHeadsArgs& a, int64_t begin, int64_t end) {
   const int64_t Kp = padded<T>(a.K), group = a.HV / a.H;
   Scratch scratch(2 * Scratch::take_bytes<T>(Kp));
   T *sum = scratch.take<T>(Kp), *row = scratch.take<T>(Kp);
@@ -24,12 +24,12 @@ static void reduce_tasks(const ReduceArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-void reduce(const ReduceArgs& a, int64_t begin, int64_t end) noexcept {
+void sum_heads(const SumHeadsArgs& a, int64_t begin, int64_t end) noexcept {
   if (a.out.element == Element::f64) {
-    reduce_tasks<double>(a, begin, end);
+    sum_heads_tasks<double>(a, begin, end);
   } else {
-    reduce_tasks<float>(a, begin, end);
+    sum_heads_tasks<float>(a, begin, end);
   }
 }
 
-}  // namespace fastweights::linear_attention::FW_LEVEL
+}  // namespace fastweights::FW_LEVEL

@@ -1,12 +1,11 @@
-// The products of a chunk as register tiles. core/gemm.h has the plain product; here a tile goes on to a second
-// product, stops at the diagonal or scales its rows, before its one store.
+// The products of a chunk of a recurrence as register tiles. gemm.h has the plain product; here a tile goes on to a
+// second product, stops at the diagonal or scales its rows, before its one store.
 #pragma once
 
 #include "core/gemm.h"
 #include "core/vec.h"
 
-namespace fastweights::linear_attention::FW_LEVEL {
-using namespace ::fastweights::FW_LEVEL;
+namespace fastweights::FW_LEVEL {
 
 // Element (i, j) at data[i * row + j * column]: a matrix that is broadcast element by element, so that it may as well
 // be the transpose of what lies in memory.
@@ -292,4 +291,4 @@ FW_INLINE Vec<T> reduce_each(const T* rows) {
   return sum;
 }
 
-}  // namespace fastweights::linear_attention::FW_LEVEL
+}  // namespace fastweights::FW_LEVEL
