@@ -276,7 +276,7 @@ _BAD_STEPS = (
 )
 
 
-def _bench(kind: str, T: int, D: int, **options: Any) -> BenchCase:
+def _bench(kind: str, T: int, D: int, *, backward: bool = True, **options: Any) -> BenchCase:
     chunk = 16 if kind == "channel" else 32
     rows = 8 * T
 
@@ -291,6 +291,7 @@ def _bench(kind: str, T: int, D: int, **options: Any) -> BenchCase:
         flops=rows * (4.0 * D * D + (chunk + 1) * 2 * D),
         bytes=rows * 4.0 * (4 * D + (D if kind == "channel" else 0)),
         rows=rows,
+        backward=backward,
         reference=False,
     )
 
@@ -333,7 +334,7 @@ SPECS = [
         bench=(
             *(_bench(kind, 4096, D) for D in (64, 128) for kind in _GATES),
             *(_bench("none", 4096, D, normalize=True) for D in (64, 128)),
-            *(_bench("none", T, 64) for T in (2048, 32768)),
+            *(_bench("none", T, 64, backward=False) for T in (2048, 32768)),
         ),
         peers=(sdpa.CAUSAL,),
     ),
