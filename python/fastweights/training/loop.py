@@ -19,7 +19,7 @@ from fastweights.training.precision import autocast, resolve_precision
 # Learning rate: linear warm-up over this many steps, then a cosine down to a twentieth.
 _WARM_UP = 5
 _FINAL_RATE = 0.05
-# Steps that are timed to turn minutes into a number of steps.
+# Steps that are timed to turn minutes into a number of steps, after a first one that is slower.
 _TIMED_STEPS = 3
 
 
@@ -120,14 +120,18 @@ def train(
             Path(checkpoint), parameters, optimizer, settings, steps, free
         )
 
-    started = time.perf_counter()
+    started = warm = time.perf_counter()
     bar = _bar(name, log, progress)
     try:
         step = len(log.losses)
         first = step
         while log.steps == 0 or step < log.steps:
-            if log.steps == 0 and step - first == _TIMED_STEPS:
-                log.steps = _steps_within(float(minutes or 0), time.perf_counter() - started, step)
+            if log.steps == 0 and step - first == 1:
+                warm = time.perf_counter()
+            if log.steps == 0 and step - first == 1 + _TIMED_STEPS:
+                now = time.perf_counter()
+                left = 60 * float(minutes or 0) - (now - started)
+                log.steps = step + max(1, int(left / (now - warm) * _TIMED_STEPS))
                 bar.total = log.steps
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _rate(step, log.steps)
@@ -219,10 +223,6 @@ def _rate(step: int, steps: int) -> float:
     if steps == 0:
         return warm
     return warm * (_FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _steps_within(minutes: float, seconds: float, done: int) -> int:
-    return max(done + 1, int(60 * minutes * _TIMED_STEPS / seconds))
 
 
 def _recent(losses: list[float]) -> float:
