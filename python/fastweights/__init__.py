@@ -20,6 +20,7 @@ from fastweights.ops.attention.functional import (
     window_attention,
 )
 from fastweights.ops.attention.state import HybridState
+from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1d_update
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.quantization.functional import dequantize, quantize, quantized_linear
 from fastweights.ops.quantization.tensor import QuantizedTensor
@@ -28,6 +29,8 @@ from fastweights.quantization import quantize_
 __all__ = [
     "HybridState",
     "QuantizedTensor",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "dequantize",
     "generate",
     "hybrid_attention",

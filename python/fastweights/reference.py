@@ -5,6 +5,7 @@ from fastweights.ops.attention.reference import (
     hybrid_attention_step,
     window_attention,
 )
+from fastweights.ops.causal_conv1d.reference import causal_conv1d, causal_conv1d_update
 from fastweights.ops.decoding.reference import decode_step
 from fastweights.ops.linear_attention.reference import linear_attention, linear_attention_step
 from fastweights.ops.quantization.reference import (
@@ -15,6 +16,8 @@ from fastweights.ops.quantization.reference import (
 )
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
     "decode_step",
     "dequantize",
     "dequantize_rows",
