@@ -8,6 +8,7 @@ from fastweights.ops.attention.functional import (
 from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1d_update
 from fastweights.ops.decoding.functional import decode_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.functional import (
     dequantize,
     dequantize_rows,
@@ -21,11 +22,13 @@ __all__ = [
     "decode_step",
     "dequantize",
     "dequantize_rows",
+    "gated_rms_norm",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
     "quantize",
     "quantized_linear",
+    "rms_norm",
     "window_attention",
 ]
