@@ -10,6 +10,7 @@
 #include "causal_conv1d/kernel.h"
 #include "core/check.h"
 #include "core/cpu_level.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "core/recurrence_ops.h"
 
@@ -40,8 +41,8 @@ Tensor in_order(const Tensor& x, bool lines) {
 }
 
 Tensor new_signal(const Tensor& like, const Problem& p) {
-  if (!p.lines) return torch::stable::new_empty(like, {p.B, p.T, p.D});
-  return torch::stable::transpose(torch::stable::new_empty(like, {p.B, p.D, p.T}), 1, 2);
+  if (!p.lines) return in_huge_pages(torch::stable::new_empty(like, {p.B, p.T, p.D}));
+  return torch::stable::transpose(in_huge_pages(torch::stable::new_empty(like, {p.B, p.D, p.T})), 1, 2);
 }
 
 Signal signal_of(const Tensor& t) {

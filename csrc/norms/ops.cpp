@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/cpu_level.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "core/recurrence_ops.h"
 #include "norms/kernel.h"
@@ -98,7 +99,7 @@ double task_flops(const Problem& p) {
 Tensor normalized(const char* op, const Tensor& x, const OptionalTensor& gate, const OptionalTensor& weight,
                   Gate activation, double eps) {
   const Inputs in = check_inputs(op, x, gate, weight, activation, eps);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = in_huge_pages(torch::stable::new_empty(x, x.sizes()));
   const ForwardArgs args{in.problem, row_set(y, in.problem.D)};
   parallel_tasks(in.tasks, task_flops(in.problem),
                  [&](int64_t begin, int64_t end) { FW_KERNEL(forward)(args, begin, end); });
@@ -113,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> differentiated(const char* op, const Tensor& 
   check_like(op, "grad_y", grad_y, x);
   const Tensor dy = readable(grad_y);
   const Tensor none = torch::stable::new_empty(x, {0});
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
-  Tensor dgate = gate ? torch::stable::new_empty(x, x.sizes()) : none;
+  Tensor dx = in_huge_pages(torch::stable::new_empty(x, x.sizes()));
+  Tensor dgate = gate ? in_huge_pages(torch::stable::new_empty(x, x.sizes())) : none;
   Tensor partial = torch::stable::new_empty(x, {weight ? in.tasks : 0, p.D}, state_dtype(x.scalar_type()));
   BackwardArgs args{p, row_set(dy, p.D), row_set(dx, p.D), {}, weight ? partial.data_ptr() : nullptr};
   if (gate) args.dgate = row_set(dgate, p.D);

@@ -315,7 +315,7 @@ SPECS = [
         sums_by_order=True,
         time=("x", "residual"),
         step=causal_conv1d_update,
-        bench=[_bench(T, D, order) for T, D in ((4096, 2048), (2048, 8192)) for order in "DT"],
+        bench=[_bench(T, D, order) for T, D in ((2048, 2048), (4096, 4096)) for order in "DT"],
         peers=(conv1d.DEPTHWISE,),
     ),
     OpSpec(
