@@ -125,6 +125,20 @@ FW_INLINE Vec<double> softplus(Vec<double> x) {
   return y;
 }
 
+// Of a number below -88 the exponential overflows, which makes the quotient the zero that it should be.
+FW_INLINE Vec<float> silu(Vec<float> x) {
+  return x / (1.0f + exp(-x));
+}
+FW_INLINE Vec<double> silu(Vec<double> x) {
+  return x / (1.0 + exp(-x));
+}
+
+// From s = sigmoid(x).
+template <typename V>
+FW_INLINE V silu_derivative(V x, V s) {
+  return fma(x * s, V{} + 1 - s, s);
+}
+
 FW_INLINE float exp(float x) {
   return exp(set1(x))[0];
 }

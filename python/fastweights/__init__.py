@@ -20,7 +20,9 @@ from fastweights.ops.attention.functional import (
     window_attention,
 )
 from fastweights.ops.attention.state import HybridState
+from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1d_update
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.functional import dequantize, quantize, quantized_linear
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization import quantize_
@@ -28,7 +30,10 @@ from fastweights.quantization import quantize_
 __all__ = [
     "HybridState",
     "QuantizedTensor",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "dequantize",
+    "gated_rms_norm",
     "generate",
     "hybrid_attention",
     "hybrid_attention_step",
@@ -43,6 +48,7 @@ __all__ = [
     "quantize_",
     "quantized_linear",
     "recover",
+    "rms_norm",
     "save",
     "show_config",
     "transfer_attention",

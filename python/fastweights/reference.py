@@ -5,8 +5,10 @@ from fastweights.ops.attention.reference import (
     hybrid_attention_step,
     window_attention,
 )
+from fastweights.ops.causal_conv1d.reference import causal_conv1d, causal_conv1d_update
 from fastweights.ops.decoding.reference import decode_step
 from fastweights.ops.linear_attention.reference import linear_attention, linear_attention_step
+from fastweights.ops.norms.reference import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.reference import (
     dequantize,
     dequantize_rows,
@@ -15,14 +17,18 @@ from fastweights.ops.quantization.reference import (
 )
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
     "decode_step",
     "dequantize",
     "dequantize_rows",
+    "gated_rms_norm",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
     "quantize",
     "quantized_linear",
+    "rms_norm",
     "window_attention",
 ]

@@ -72,6 +72,7 @@ def refuse_double_backward(op: str) -> None:
 def refuse_gradients(op: str) -> None:
     """Make the in-place op ``op`` raise when an input would need a gradient through it."""
     overload = getattr(torch.ops.fastweights, op).default
+    differentiable = op.removesuffix("_step").removesuffix("_update")
 
     def guard(*args: object, **kwargs: object) -> object:
         if torch.is_grad_enabled() and any(
@@ -79,7 +80,7 @@ def refuse_gradients(op: str) -> None:
         ):
             raise NotImplementedError(
                 f"{op}: works in place and has no gradient; call it under torch.no_grad() "
-                f"or use fastweights.{op.removesuffix('_step')}"
+                f"or use fastweights.{differentiable}"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args, **kwargs)

@@ -19,7 +19,9 @@ def _sequences(spec: OpSpec) -> Iterator[dict[str, Any]]:
     """Arguments by name of the float32 samples that are one forward sequence of two tokens up."""
     for call in spec.samples(torch.float32):
         bound = spec.bind(call) | {"output_final_state": True}
-        packed = bound.get("cu_seqlens") is not None or bound.get("reverse", False)
+        packed = bound.get("reverse", False) or any(
+            bound.get(name) is not None for name in ("cu_seqlens", "seq_idx")
+        )
         tokens = bound[spec.time[0]]
         if not packed and tokens.numel() and tokens.shape[1] > 1:
             yield bound

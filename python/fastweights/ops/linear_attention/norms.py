@@ -1,19 +1,22 @@
 """Normalisations of the output of a recurrent mixer."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 
 __all__ = ["RMSNorm", "RMSNormGated", "SRMSNorm"]
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` that computes in the input's dtype also under autocast."""
+    """`torch.nn.RMSNorm` by `fastweights.rms_norm`: in the input's dtype also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., D]` over D."""
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return rms_norm(x, self.weight, eps=self._eps(x))
+
+    def _eps(self, x: Tensor) -> float:
+        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
 
 
 class SRMSNorm(nn.Module):
@@ -40,4 +43,4 @@ class RMSNormGated(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise `[..., D]` over D and gate it by `[..., D]`."""
-        return super().forward(x) * F.silu(gate)
+        return gated_rms_norm(x, gate, self.weight, eps=self._eps(x))
