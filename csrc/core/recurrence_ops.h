@@ -151,7 +151,8 @@ inline Tensor new_kept_states(const Tensor& like, const Recurrence& p) {
   const size_t slot = size_t(p.HV * p.K * (p.V + p.normalize)) * (dtype == ScalarType::Double ? 8 : 4);
   char* data = static_cast<char*>(states.data_ptr());
   const auto clear = [&](int64_t from, int64_t to) {
-    std::memset(data + size_t(from) * slot, 0, size_t(to - from) * slot);
+    const size_t bytes = size_t(to - from) * slot;
+    if (bytes) std::memset(data + size_t(from) * slot, 0, bytes);  // no memory at all is a null pointer
   };
   int64_t filled = 0;
   for (int64_t n = 0; n < p.sequences; ++n) {
