@@ -99,6 +99,30 @@ struct Tile {
     }
   }
 
+  // sum[i] += left[i, k] * sum[k] for k < i (upper: k > i), each sum finished before it is used.
+  template <Triangle triangle, int K = 0>
+  FW_METHOD void substitute(const T* left, int64_t row, int64_t column) {
+    if constexpr (K < MR) {
+      constexpr int from = triangle == Triangle::lower ? K : MR - 1 - K;
+      constexpr int first = triangle == Triangle::lower ? from + 1 : 0, last = triangle == Triangle::lower ? MR : from;
+      FW_UNROLL
+      for (int i = first; i < last; ++i) {
+        const Vec<T> a = set1(left[i * row + from * column]);
+        FW_UNROLL
+        for (int j = 0; j < NV; ++j) sum[i][j] = fma(a, sum[from][j], sum[i][j]);
+      }
+      substitute<triangle, K + 1>(left, row, column);
+    }
+  }
+
+  FW_METHOD void load_rows(const T* in, int64_t ld) {
+    FW_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      FW_UNROLL
+      for (int j = 0; j < NV; ++j) sum[i][j] = load(in + i * ld + j * L);
+    }
+  }
+
   FW_METHOD void store_to(T* out, int64_t ld) const {
     FW_UNROLL
     for (int i = 0; i < MR; ++i) {
@@ -154,6 +178,54 @@ FW_INLINE void read_out(int64_t M, int64_t N, int64_t K, Left<T> a1, Right<T> b1
     read_out_strip<T, triangle, NV>(M, K, a1, {b1.data + n, b1.ld}, scale, a2, {b2.data + n, b2.ld}, out + n, ld,
                                     beside);
   });
+}
+
+// X <- X + a1 b1 + strict(a2) X, where the strict triangle makes it a substitution: X[i] = X[i] + (a1 b1)[i] +
+// sum over j < i (upper: j > i, below M) of a2[i, j] X[j], for M rows of N columns.
+template <typename T, Triangle triangle, int NV, typename Beside>
+static __attribute__((noinline)) void solve_strip(int64_t M, int64_t K, Left<T> a1, Right<T> b1, Left<T> a2, T* X,
+                                                  int64_t ld, Beside& beside) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t from) {
+    beside();
+    const int64_t i0 = triangle == Triangle::lower ? from : M - from - MR;
+    const T *corner = a2.at(i0) + i0 * a2.column, *rest = corner + MR * a2.column;
+    Tile<T, MR, NV> tile;
+    tile.load_rows(X + i0 * ld, ld);
+    tile.multiply(K, a1.at(i0), a1.row, a1.column, b1.data, b1.ld);
+    if constexpr (triangle == Triangle::lower) {
+      tile.multiply(i0, a2.at(i0), a2.row, a2.column, X, ld);
+    } else {
+      tile.multiply(M - i0 - MR, rest, a2.row, a2.column, X + (i0 + MR) * ld, ld);
+    }
+    tile.template substitute<triangle>(corner, a2.row, a2.column);
+    tile.store_to(X + i0 * ld, ld);
+  });
+}
+
+template <typename T, Triangle triangle = Triangle::lower, typename Beside = Nothing>
+FW_INLINE void solve(int64_t M, int64_t N, int64_t K, Left<T> a1, Right<T> b1, Left<T> a2, T* X, int64_t ld,
+                     Beside&& beside = {}) {
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) {
+    solve_strip<T, triangle, NV>(M, K, a1, {b1.data + n, b1.ld}, a2, X + n, ld, beside);
+  });
+}
+
+// out[i] += sum over j >= i below M of a[i, j] b[j].
+template <typename T, int NV>
+static __attribute__((noinline)) void add_upper_strip(int64_t M, Left<T> a, Right<T> b, T* out, int64_t ld) {
+  for_panels(M, [&]<int MR>(Int<MR>, int64_t i0) {
+    const T *corner = a.at(i0) + i0 * a.column, *rest = corner + MR * a.column;
+    Tile<T, MR, NV> tile;
+    tile.load_rows(out + i0 * ld, ld);
+    tile.template multiply_corner<Triangle::upper>(corner, a.row, a.column, b.data + i0 * b.ld, b.ld);
+    tile.multiply(M - i0 - MR, rest, a.row, a.column, b.data + (i0 + MR) * b.ld, b.ld);
+    tile.store_to(out + i0 * ld, ld);
+  });
+}
+
+template <typename T>
+FW_INLINE void add_upper(int64_t M, int64_t N, Left<T> a, Right<T> b, T* out, int64_t ld) {
+  for_strips<T>(N, [&]<int NV>(Int<NV>, int64_t n) { add_upper_strip<T, NV>(M, a, {b.data + n, b.ld}, out + n, ld); });
 }
 
 // out[i, c] = factor[i, c] * (left * right)[i, c], out and factor of the same layout.

@@ -145,7 +145,7 @@ class Ahead {
   const Sequence& s;
   int64_t first, left;
   int count = 0;
-  Row rows[10];
+  Row rows[16];
 };
 
 }  // namespace fastweights::FW_LEVEL

@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   const bool partial = heads != p.H;
   const Tensor grad_rows = with_contiguous_last(grad_o);
   const OptionalTensor o_rows = o ? OptionalTensor(with_contiguous_last(*o)) : std::nullopt;
-  const OptionalTensor grad_z_rows = grad_z ? OptionalTensor(torch::stable::contiguous(*grad_z)) : std::nullopt;
+  OptionalTensor grad_z_rows;
+  if (grad_z) grad_z_rows = torch::stable::contiguous(*grad_z);
 
   BackwardArgs args{};
   const auto rows_for = [&](const Tensor& like) {

@@ -21,6 +21,7 @@ from fastweights.ops.attention.functional import (
 )
 from fastweights.ops.attention.state import HybridState
 from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1d_update
+from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.functional import dequantize, quantize, quantized_linear
@@ -32,6 +33,8 @@ __all__ = [
     "QuantizedTensor",
     "causal_conv1d",
     "causal_conv1d_update",
+    "delta_rule",
+    "delta_rule_step",
     "dequantize",
     "gated_rms_norm",
     "generate",

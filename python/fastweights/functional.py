@@ -7,6 +7,7 @@ from fastweights.ops.attention.functional import (
 )
 from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1d_update
 from fastweights.ops.decoding.functional import decode_step
+from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.functional import (
@@ -20,6 +21,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "decode_step",
+    "delta_rule",
+    "delta_rule_step",
     "dequantize",
     "dequantize_rows",
     "gated_rms_norm",

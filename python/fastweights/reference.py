@@ -7,6 +7,7 @@ from fastweights.ops.attention.reference import (
 )
 from fastweights.ops.causal_conv1d.reference import causal_conv1d, causal_conv1d_update
 from fastweights.ops.decoding.reference import decode_step
+from fastweights.ops.delta_rule.reference import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.reference import linear_attention, linear_attention_step
 from fastweights.ops.norms.reference import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.reference import (
@@ -20,6 +21,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "decode_step",
+    "delta_rule",
+    "delta_rule_step",
     "dequantize",
     "dequantize_rows",
     "gated_rms_norm",

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,3 +87,33 @@ def refuse_gradients(op: str) -> None:
             return overload(*args, **kwargs)
 
     torch.library.impl(f"fastweights::{op}", "Autograd", guard)
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """The factor of q: ``scale``, or K ** -0.5 if that is None."""
+    if scale is not None:
+        return scale
+    key_size = q.shape[-1] if q.dim() else 0
+    return float(key_size) ** -0.5 if key_size else 1.0
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What recurrent states are kept in for inputs of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_qkv(op: str) -> None:
+    """Under CPU autocast q, k and v go to its dtype; gates and states keep theirs."""
+    overload = getattr(torch.ops.fastweights, op).default
+    autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def cast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+
+        def to(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
+
+        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
+            return overload(to(q), to(k), to(v), *args, **kwargs)
+
+    torch.library.impl(f"fastweights::{op}", "AutocastCPU", cast)

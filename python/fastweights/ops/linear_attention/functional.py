@@ -14,7 +14,7 @@ from fastweights.ops.linear_attention import reference
 State = Tensor | tuple[Tensor, Tensor]
 Form = Literal["auto", "recurrent", "chunked"]
 
-_SEGMENT = 64  # tokens between two stored states: kSegment in csrc/linear_attention/kernel.h
+_SEGMENT = 64  # tokens between two stored states: kSegment in csrc/core/recurrence.h
 
 
 def linear_attention(
@@ -115,7 +115,7 @@ def linear_attention(
         S,
         z,
         cu_seqlens,
-        scale=_scale(q, scale),
+        scale=_common.default_scale(q, scale),
         normalize=normalize,
         eps=eps,
         output_final_state=output_final_state,
@@ -179,16 +179,9 @@ def linear_attention_step(
             q, k, v, g, state=state, scale=scale, normalize=normalize, eps=eps
         )
     o: Tensor = torch.ops.fastweights.linear_attention_step(
-        q, k, v, g, S, z, scale=_scale(q, scale), eps=eps
+        q, k, v, g, S, z, scale=_common.default_scale(q, scale), eps=eps
     )
     return o
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    if scale is not None:
-        return scale
-    key_size = q.shape[-1] if q.dim() else 0
-    return float(key_size) ** -0.5 if key_size else 1.0
 
 
 def _split(state: State | None, normalize: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -200,10 +193,6 @@ def _split(state: State | None, normalize: bool) -> tuple[Tensor | None, Tensor 
         )
     S, z = state
     return S, z
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake(
@@ -227,7 +216,7 @@ def _fake(
     batch, length, _, K = q.shape
     HV, V = v.shape[2], v.shape[3]
     N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = _state_dtype(q.dtype)
+    dtype = _common.state_dtype(q.dtype)
     state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
     final = q.new_empty(state_shape if output_final_state else (0,), dtype=dtype)
     z_shape = (N, HV, K) if output_final_state and normalize else (0,)
@@ -337,23 +326,5 @@ torch.library.register_autograd(
 _common.refuse_double_backward("linear_attention")
 _common.refuse_gradients("linear_attention_step")
 
-
-def _autocast(op: str) -> None:
-    """Under CPU autocast q, k and v go to its dtype; gates and states keep theirs."""
-    overload = getattr(torch.ops.fastweights, op).default
-    autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
-    def cast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype("cpu")
-
-        def to(x: Tensor) -> Tensor:
-            return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
-
-        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
-            return overload(to(q), to(k), to(v), *args, **kwargs)
-
-    torch.library.impl(f"fastweights::{op}", "AutocastCPU", cast)
-
-
-_autocast("linear_attention")
-_autocast("linear_attention_step")
+_common.autocast_qkv("linear_attention")
+_common.autocast_qkv("linear_attention_step")
