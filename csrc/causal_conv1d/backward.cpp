@@ -161,26 +161,40 @@ static void backward_line(const BackwardArgs& a, const Tile& tile, int64_t index
   const Segment& segment = p.segments[tile.segment];
   const int64_t before = p.W - 1, n = tile.end - tile.begin;
   const int64_t behind = segment.end - tile.end < before ? segment.end - tile.end : before;
-  const T* weight = static_cast<const T*>(p.weight) + channel;
+  const Taps<kW, T> taps(p, channel);
   const Vec<T> bias = p.bias ? set1(static_cast<const T*>(p.bias)[channel]) : zero<T>();
   const S* dy = at<S>(a.dy, segment.batch, tile.begin, channel);
 
   const auto differentiate = [&](int64_t j) {
     Vec<T> sum = bias;
-    for_taps<kW>(p.W, [&](int64_t w) { sum = fma(set1(weight[w * p.D]), load(s.x + j + w), sum); });
-    store(s.dz + j, through_activation(p, sum, load(s.dy + j)));
+    for_taps<kW>(p.W, [&](int64_t w) { sum = fma(taps[w], load(s.x + j + w), sum); });
+    const Vec<T> dz = through_activation(p, sum, load(s.dy + j));
+    store(s.dz + j, dz);
+    return dz;
   };
   load_line<S>(p, segment, channel, tile.begin - before, tile.end, s.x);
   load_elements(dy, n, T(1), s.dy);
-  for (int64_t j = 0; j < n; j += L) differentiate(j);
+  // The prefetcher of the machine stops at the end of a line.
+  const S* next_x = at<S>(p.x, segment.batch, tile.begin, channel + 1);
+  const S *next_dy = dy + a.dy.channel, *next_dx = at<S>(a.dx, segment.batch, tile.begin, channel + 1);
+  Vec<T> total = zero<T>();
+  for (int64_t j = 0; j < n; j += L) {
+    prefetch(next_x + j), prefetch(next_dy + j), prefetch(next_dx + j);
+    total += differentiate(j);
+  }
 
   T* partial = static_cast<T*>(a.partial) + index * (p.W + 1) * p.D + channel;
-  for (int64_t w = 0; w <= p.W; ++w) {
-    Vec<T> sum = zero<T>();
-    for (int64_t j = 0; j < n; j += L)
-      sum = w < p.W ? fma(load(s.dz + j), load(s.x + j + w), sum) : sum + load(s.dz + j);
-    partial[w * p.D] = reduce_add<T>(sum);
+  constexpr int kSums = kW > 0 ? kW : 1;
+  for (int64_t w = 0; w < p.W; w += kSums) {
+    Vec<T> sums[kSums] = {};
+    for (int64_t j = 0; j < n; j += L) {
+      const Vec<T> dz = load(s.dz + j);
+      FW_UNROLL
+      for (int i = 0; i < kSums; ++i) sums[i] = fma(dz, load(s.x + j + w + i), sums[i]);
+    }
+    for (int i = 0; i < kSums; ++i) partial[(w + i) * p.D] = reduce_add<T>(sums[i]);
   }
+  partial[p.W * p.D] = reduce_add<T>(total);
 
   // Outputs of the next tile that read this one's inputs are computed again.
   load_line<S>(p, segment, channel, tile.end, tile.end + behind, s.x + before + n);
@@ -191,7 +205,7 @@ static void backward_line(const BackwardArgs& a, const Tile& tile, int64_t index
   // The input at tile.begin + i sits at tap W - 1 - w of the output w tokens later.
   const auto input_gradient = [&](int64_t i) {
     Vec<T> sum = zero<T>();
-    for_taps<kW>(p.W, [&](int64_t w) { sum = fma(set1(weight[(before - w) * p.D]), load(s.dz + i + w), sum); });
+    for_taps<kW>(p.W, [&](int64_t w) { sum = fma(taps[(kW > 0 ? kW - 1 : before) - w], load(s.dz + i + w), sum); });
     return sum;
   };
   S* dx = at<S>(a.dx, segment.batch, tile.begin, channel);
@@ -199,7 +213,7 @@ static void backward_line(const BackwardArgs& a, const Tile& tile, int64_t index
   if (tile.begin != segment.begin) return;
   for (int64_t i = 0; i < before; ++i) {
     T sum = 0;
-    for (int64_t w = before - i; w < p.W; ++w) sum += weight[(before - w) * p.D] * s.dz[i - before + w];
+    for (int64_t w = before - i; w < p.W; ++w) sum += taps[before - w][0] * s.dz[i - before + w];
     s.dpast[i] = from_compute<S>(sum);
   }
   store_initial(a, segment, channel, s.dpast, 1);

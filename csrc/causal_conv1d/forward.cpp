@@ -63,13 +63,16 @@ static void forward_line(const ForwardArgs& a, const Tile& tile, int64_t channel
   const Problem& p = a.p;
   const Segment& segment = p.segments[tile.segment];
   load_line<S>(p, segment, channel, tile.begin - p.W + 1, tile.end, x);
-  const T* weight = static_cast<const T*>(p.weight) + channel;
+  const Taps<kW, T> taps(p, channel);
   const Vec<T> bias = p.bias ? set1(static_cast<const T*>(p.bias)[channel]) : zero<T>();
+  // The prefetcher of the machine stops at the end of a line.
+  const S* next = at<S>(p.x, segment.batch, tile.begin, channel + 1);
   S* out = at<S>(a.y, segment.batch, tile.begin, channel);
   const S* residual = a.residual.data ? at<S>(a.residual, segment.batch, tile.begin, channel) : nullptr;
   for_vectors<T>(tile.end - tile.begin, [&](int64_t j, auto part) {
+    prefetch(next + j);
     Vec<T> y = bias;
-    for_taps<kW>(p.W, [&](int64_t w) { y = fma(set1(weight[w * p.D]), load(x + j + w), y); });
+    for_taps<kW>(p.W, [&](int64_t w) { y = fma(taps[w], load(x + j + w), y); });
     if (p.silu) y = silu(y);
     if (residual) y += load_as(residual + j, part);
     store_as(out + j, y, part);

@@ -8,7 +8,7 @@ namespace fastweights::causal_conv1d {
 
 // Tokens and channels of a task where channels are contiguous (rows), and where time is (lines).
 constexpr int64_t kRowTokens = 128, kRowChannels = 512;
-constexpr int64_t kLineTokens = 1024, kLineChannels = 8;
+constexpr int64_t kLineTokens = 2048, kLineChannels = 8;
 
 // [B, T, D], strides in elements; one of time and channel is 1.
 struct Signal {

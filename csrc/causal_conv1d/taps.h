@@ -24,6 +24,26 @@ FW_INLINE void for_taps(int64_t W, const F& f) {
   }
 }
 
+// The taps of one channel as vectors. Stores to outputs may change weight, as far as the compiler knows: constants of
+// the loop must be copied.
+template <int kW, typename T>
+struct Taps {
+  const T* weight;
+  int64_t step;
+  Vec<T> held[kW > 0 ? kW : 1];
+
+  Taps(const Problem& p, int64_t channel) : weight(static_cast<const T*>(p.weight) + channel), step(p.D) {
+    for_taps<kW>(0, [&](int64_t w) { held[w] = set1(weight[w * step]); });
+  }
+  Vec<T> operator[](int64_t w) const {
+    if constexpr (kW > 0) {
+      return held[w];
+    } else {
+      return set1(weight[w * step]);
+    }
+  }
+};
+
 // The part of the channels that a task does.
 struct Block {
   int64_t tile, first, n;

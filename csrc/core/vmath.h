@@ -33,10 +33,14 @@ FW_INLINE Vec<float> exp(Vec<float> x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p * r, r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
   // Two factors, since 2^n itself is not a normal float at either end. NaN converts to some integer; p is NaN anyway.
   const Vec<int32_t> whole = __builtin_convertvector(n == n ? n : zero<float>(), Vec<int32_t>);
   const Vec<int32_t> half = whole >> 1;
   return p * exp2_int(half) * exp2_int(whole - half);
+#endif
 }
 
 FW_INLINE Vec<float> log(Vec<float> x) {

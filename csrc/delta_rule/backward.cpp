@@ -8,10 +8,6 @@
 
 namespace fastweights::delta_rule::FW_LEVEL {
 
-// Gradients of states of the heads that are worked on in turn: they share the second-level cache with what a segment
-// needs besides.
-constexpr int64_t kGradientBytes = 128 * 1024;
-
 template <typename T>
 class ChunkedBackward {
  public:
@@ -188,7 +184,9 @@ class ChunkedBackward {
 
 template <typename T>
 static void backward_tasks(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const int64_t at_once = heads_at_once<T>(a.p, a.p.tile_width, kGradientBytes);
+  // The gradients of states of the heads that are worked on in turn share the second-level cache with what a segment
+  // needs besides.
+  const int64_t at_once = heads_at_once<T>(a.p, a.p.tile_width, a.p.cache / 4);
   ChunkedBackward<T> chunked(a, a.p.tile_width, at_once);
   for_head_groups(a.p, begin, end, at_once, [&](int64_t task, int64_t heads) { chunked.run(task, heads); });
 }

@@ -4,9 +4,6 @@
 
 namespace fastweights::delta_rule::FW_LEVEL {
 
-// States of the heads that are worked on in turn stay in the second-level cache.
-constexpr int64_t kStateBytes = 256 * 1024;
-
 template <typename T>
 static void recurrent_forward(const ForwardArgs& a, int64_t index) {
   const Problem& p = a.p;
@@ -113,7 +110,8 @@ static void forward_tasks(const ForwardArgs& a, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) recurrent_forward<T>(a, task);
     return;
   }
-  const int64_t at_once = heads_at_once<T>(a.p, a.p.tile_width, kStateBytes);
+  // The states of the heads that are worked on in turn stay in the second-level cache.
+  const int64_t at_once = heads_at_once<T>(a.p, a.p.tile_width, a.p.cache / 2);
   ChunkedForward<T> chunked(a, a.p.tile_width, at_once);
   for_head_groups(a.p, begin, end, at_once, [&](int64_t task, int64_t heads) { chunked.run(task, heads); });
 }

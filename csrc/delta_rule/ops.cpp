@@ -94,6 +94,7 @@ Inputs check_inputs(const char* op, const Arguments& given, const Options& optio
   Problem& p = in.problem;
   p.sequences = B, p.T = T, p.H = H, p.HV = HV, p.K = K, p.V = V;
   p.tiles = 1, p.tile_width = V;
+  p.cache = cache_bytes();
   p.l2norm = options.qk_l2norm;
   p.scale = options.scale;
   p.beta_range = options.beta_range;
@@ -161,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   // The columns of a state are independent: their split changes no sum, so it may follow the threads.
   split_columns(in.problem, torch::stable::get_num_threads());
   const Problem& p = in.problem;
-  Tensor o = torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V});
+  Tensor o = in_huge_pages(torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V}));
   Tensor final_state = output_final_state ? new_state(in.q, p, state_v_first) : none_like(in.q);
   Tensor states = keep_states ? new_kept_states(in.q, p) : none_like(in.q);
 

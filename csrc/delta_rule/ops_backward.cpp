@@ -57,10 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   };
   // Of a row that `sharers` tasks share: one each.
   const auto rows_for = [&](const Tensor& like, bool shared) {
-    return shared ? wide_empty({in.B, p.T, heads, p.K}) : torch::stable::new_empty(like, like.sizes());
+    return in_huge_pages(shared ? wide_empty({in.B, p.T, heads, p.K}) : torch::stable::new_empty(like, like.sizes()));
   };
   Tensor dq = rows_for(in.q, heads != p.H), dk = rows_for(in.k, heads != p.H);
-  Tensor dv = torch::stable::new_empty(in.v, in.v.sizes());
+  Tensor dv = rows_for(in.v, false);
   // Outputs never share memory, absent ones neither.
   Tensor dbeta = none_like(q), dg = none_like(q), derase = none_like(q), dwrite = none_like(q);
   Tensor dA_log = none_like(q), ddt_bias = none_like(q), dinitial = none_like(q);
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     dg = wide_empty({p.sequences, heads});
     args.dg = {dg.data_ptr(), heads, 0, 1, element_of(wide)};
   } else if (p.gate != Gate::none) {
-    dg = wide_empty({in.B, p.T, heads, gates});
+    dg = in_huge_pages(wide_empty({in.B, p.T, heads, gates}));
     args.dg = rows_of(dg);
   }
   if (erase) {
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     args.derase = rows_of(derase);
   }
   if (write) {
-    dwrite = torch::stable::new_empty(*in.write, in.write->sizes());
+    dwrite = rows_for(*in.write, false);
     args.dwrite = rows_of(dwrite);
   }
   if (A_log) {

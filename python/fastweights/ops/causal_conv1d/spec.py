@@ -55,11 +55,11 @@ def _runs(*lengths: int) -> Tensor:
 
 
 def _samples(dtype: torch.dtype) -> Sequence[Sample]:
-    # Tiles have 128 tokens and 512 channels where channels are contiguous, 1024 tokens elsewhere.
+    # Tiles have 128 tokens and 512 channels where channels are contiguous, 2048 tokens elsewhere.
     ends = torch.tensor([0, 0, 2, 9, 9, 40], dtype=torch.int32)
     index = torch.stack([_runs(1, 2, 20, 14), _runs(37), _runs(30, 7)]).int()
     calls = [
-        _Draw(dtype, 1, 1030, 2, 4, "T").call(activation="silu", state=3, output_final_state=True),
+        _Draw(dtype, 1, 2054, 2, 4, "T").call(activation="silu", state=3, output_final_state=True),
         _Draw(dtype, 1, 134, 37, 4, "D").call(activation="silu", output_final_state=True),
         _Draw(dtype, 1, 5, 521, 4, "D").call(activation="swish", bias=False, residual=True),
     ]
