@@ -1,64 +1,24 @@
 #include "linear_attention/kernel.h"
 
-#include "self_test.h"
+#include "recurrence_test.h"
 
 namespace fastweights::linear_attention {
 
-using self_test::near;
-using self_test::normal;
-
-// Two sequences of 131 tokens, 2 heads, K = 24, V = 40: longer than two segments, multiples of no vector width.
-struct Inputs {
-  static constexpr int64_t N = 2, T = 131, H = 2, K = 24, V = 40;
-  std::vector<float> q = normal(N * T * H * K, 1), k = normal(N * T * H * K, 2), v = normal(N * T * H * V, 3);
-  std::vector<float> g = normal(N * T * H * K, 4), initial = normal(N * H * K * V, 5);
-
-  Inputs() {
-    for (float& x : g) x = -std::abs(x) / 8;
-  }
-
-  static Rows rows(std::vector<float>& x, int64_t width) {
-    return {x.data(), T * H * width, H * width, width, Element::f32};
-  }
-  static States states(std::vector<float>& x) { return {x.data(), H * K * V, K * V, V, 1, nullptr}; }
-
-  Problem problem(Form form) {
-    const Recurrence shape{N, T, H, H, K, V, nullptr, 1, V, false, false};
-    return {shape, rows(q, K), rows(k, K), rows(v, V), rows(g, K), Gate::channel, form, 0.25, 1e-6, states(initial)};
-  }
-};
-
-static void expected(const Inputs& in, std::vector<double>& o, std::vector<double>& S) {
-  constexpr int64_t T = Inputs::T, H = Inputs::H, K = Inputs::K, V = Inputs::V;
-  S.assign(in.initial.begin(), in.initial.end());
-  o.assign(in.v.size(), 0);
-  for (int64_t n = 0; n < Inputs::N; ++n) {
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t h = 0; h < H; ++h) {
-        const size_t row = size_t((n * T + t) * H + h);
-        for (int64_t i = 0; i < K; ++i) {
-          for (int64_t j = 0; j < V; ++j) {
-            double& s = S[size_t(((n * H + h) * K + i) * V + j)];
-            s = std::exp(double(in.g[row * K + i])) * s + double(in.k[row * K + i]) * in.v[row * V + j];
-            o[row * V + j] += 0.25 * s * in.q[row * K + i];
-          }
-        }
-      }
-    }
-  }
-}
+using R = self_test::Recurrent;
 
 static void check_forward(const char* level, decltype(&baseline::forward) forward) {
-  Inputs in;
-  std::vector<double> o, S;
-  expected(in, o, S);
-  for (Form form : {Form::recurrent, Form::chunked}) {
-    std::vector<float> got(o.size(), NAN), final(S.size(), NAN);
-    ForwardArgs args{in.problem(form), Inputs::rows(got, Inputs::V), Inputs::states(final), nullptr, false};
-    forward(args, 0, Inputs::N * Inputs::H);
-    for (size_t i = 0; i < o.size(); ++i) near(level, got[i], o[i], 1e-4);
-    for (size_t i = 0; i < S.size(); ++i) near(level, final[i], S[i], 1e-4);
-  }
+  R in;
+  self_test::check_forward(
+      level, forward, in, [&](Form form) { return in.problem<Problem>(form); },
+      [&](int64_t row, double* S, double* o) {
+        for (int64_t i = 0; i < R::K; ++i) {
+          for (int64_t j = 0; j < R::V; ++j) {
+            double& s = S[i * R::V + j];
+            s = std::exp(double(in.g[row * R::K + i])) * s + double(in.k[row * R::K + i]) * in.v[row * R::V + j];
+            o[j] += R::kScale * s * in.q[row * R::K + i];
+          }
+        }
+      });
 }
 
 FW_TEST(linear_attention_forward_in_both_forms) {

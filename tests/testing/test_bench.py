@@ -69,6 +69,37 @@ def test_every_contender_that_can_run_is_timed():
     assert rows[0].forward_one_thread is not None
 
 
+def test_copies_are_taken_in_turn():
+    seen = set()
+
+    def recorded(x):
+        seen.add(x.data_ptr())
+        return double(x)
+
+    spec = dataclasses.replace(SPEC, function=recorded, peers=[])
+    case = dataclasses.replace(SPEC.bench[0], copies=3, backward=False, reference=False)
+    bench.time_case(spec, case, torch.float32)
+    assert len(seen) == 3
+
+
+def test_gradients_come_in_the_memory_order_of_the_output():
+    got = []
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            got.append(grad.stride())
+            return 2 * grad
+
+    call = sample(torch.ones(3, 5).T.requires_grad_())
+    bench._both(Recorded.apply, call, list(call.tensors()))()
+    assert got == [(1, 5)]
+
+
 def test_settings_are_restored():
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     bench.time_case(SPEC, SPEC.bench[0], torch.float32)

@@ -8,6 +8,7 @@ the bandwidth refer to what `roofline` measures in the same run.
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,16 +99,19 @@ def _both(function: Callable[..., Any], call: Sample, leaves: list[Tensor]) -> C
         outputs = pytree.tree_leaves(function(*call.args, **call.kwargs))
         ends = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
         if not weights:
-            weights.extend(cotangent(o, i) for i, o in enumerate(ends))
+            # In the output's memory order: the op behind it would hand it back like that.
+            weights.extend(torch.empty_like(o).copy_(cotangent(o, i)) for i, o in enumerate(ends))
         return torch.autograd.grad(ends, leaves, weights, allow_unused=True)
 
     return run
 
 
-def _peers(spec: OpSpec, call: Sample) -> Iterator[tuple[Peer, Callable[..., Any], Sample]]:
+def _peers(
+    spec: OpSpec, calls: Sequence[Sample]
+) -> Iterator[tuple[Peer, Callable[..., Any], list[Sample]]]:
     for peer in spec.peers:
-        adapted = peer.adapt(call)
-        if adapted is None:
+        adapted = [given for call in calls if (given := peer.adapt(call)) is not None]
+        if not adapted:
             continue
         try:
             yield peer, peer.load(), adapted
@@ -115,26 +119,36 @@ def _peers(spec: OpSpec, call: Sample) -> Iterator[tuple[Peer, Callable[..., Any
             continue
 
 
+def _calls(spec: OpSpec, case: BenchCase, dtype: torch.dtype, backward: bool) -> list[Sample]:
+    calls = [case.make(dtype) for _ in range(case.copies)]
+    if not backward:
+        return calls
+    calls = [call.map_tensors(lambda t: t.detach()) for call in calls]
+    for call in calls:
+        for leaf in (leaf for group in leaves_of(spec, call).values() for leaf in group):
+            leaf.requires_grad_()
+    return calls
+
+
 def _contenders(
     spec: OpSpec, case: BenchCase, dtype: torch.dtype, threads: int, backward: bool
 ) -> list[_Contender]:
-    call = case.make(dtype)
-    if backward:
-        call = call.map_tensors(lambda t: t.detach())
-        for leaf in (leaf for group in leaves_of(spec, call).values() for leaf in group):
-            leaf.requires_grad_()
-
-    def work(function: Callable[..., Any], given: Sample) -> Callable[[], object]:
+    def once(function: Callable[..., Any], given: Sample) -> Callable[[], object]:
         if not backward:
             return _forward(function, given)
         return _both(function, given, [t for t in given.tensors() if t.requires_grad])
 
-    found = [_Contender("fastweights", work(spec.function, call), threads=threads)]
+    def work(function: Callable[..., Any], given: Sequence[Sample]) -> Callable[[], object]:
+        turns = itertools.cycle([once(function, call) for call in given])
+        return lambda: next(turns)()
+
+    calls = _calls(spec, case, dtype, backward)
+    found = [_Contender("fastweights", work(spec.function, calls), threads=threads)]
     if not backward and threads > 1:
         found.append(_Contender("one thread", found[0].call, threads=1))
     if case.reference:
-        found.append(_Contender("reference", work(spec.reference, call), threads=threads))
-    for peer, function, given in _peers(spec, call):
+        found.append(_Contender("reference", work(spec.reference, calls), threads=threads))
+    for peer, function, given in _peers(spec, calls):
         if backward and not peer.backward:
             continue
         both = peer.matmul and dtype == torch.float32

@@ -117,6 +117,8 @@ class BenchCase:
         dtypes: dtypes to time.
         backward: whether forward + backward is timed too (never for ops without gradients).
         reference: whether the reference is timed (leave out where it would take minutes).
+        copies: calls to make, which are timed in turn: with enough of them the tensors come from
+            memory, as the layers of a model do, and not from a cache.
     """
 
     name: str
@@ -127,6 +129,7 @@ class BenchCase:
     dtypes: Sequence[torch.dtype] = (torch.float32,)
     backward: bool = True
     reference: bool = True
+    copies: int = 1
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def _bench(n: int, k: int, m: int, activation: str, format: str = "int4") -> Ben
         flops=2.0 * m * n * k,
         bytes=n * k * bits / 8 + 4 * m * (n + k),
         reference=m * n * k < 1 << 31,
+        # 256 MiB of weights, as much as the bandwidth is measured on.
+        copies=(1 << 29) // (n * k) if m == 1 else 1,
     )
 
 
