@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastweights.ops.delta_rule import reference
 from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
+from fastweights.testing.bad_recurrences import bad_recurrence_inputs
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
 
 _GATES = {"none": (), "head": ("HV",), "token": ("B", "T", "HV"), "channel": ("B", "T", "HV", "K")}
@@ -247,26 +248,7 @@ def _raw(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None, **options: A
 
 
 _BAD_INPUTS = (
-    BadInput(
-        lambda: delta_rule(_Q[0], _Q, _Q),
-        RuntimeError,
-        r"delta_rule: expected q of shape \[B, T, H, K\], got \[5, 2, 4\]",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q[:, :4], _Q),
-        RuntimeError,
-        r"expected k of shape \[B, T, H, K\] = \[2, 5, 2, 4\] \(from q\), got \[2, 4, 2, 4\]",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q[:, :, :1]),
-        RuntimeError,
-        r"expected v with a multiple of H = 2 heads \(from q\), got 1",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q.double()),
-        RuntimeError,
-        r"expected v of dtype float32 \(from q\), got float64",
-    ),
+    *bad_recurrence_inputs(delta_rule),
     BadInput(
         lambda: delta_rule(_Q, _Q, _Q, beta=_Q[:, :, 0, 0]),
         RuntimeError,
@@ -276,16 +258,6 @@ _BAD_INPUTS = (
         lambda: delta_rule(_Q, _Q, _Q, beta=_Q[:, :, :1, 0]),
         RuntimeError,
         r"expected beta of shape \[B, T, HV\] = \[2, 5, 2\] \(from q and v\), got \[2, 5, 1\]",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q, g=_Q[:, :, :1, 0]),
-        RuntimeError,
-        r"expected g of shape \[B, T, HV\] = \[2, 5, 2\] \(from q and v\), got \[2, 5, 1\]",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q, g=_Q[0, :, :, 0]),
-        RuntimeError,
-        r"expected g of shape \[HV\], \[B, T, HV\] or \[B, T, HV, K\], got \[5, 2\]",
     ),
     BadInput(
         lambda: delta_rule(_Q, _Q, _Q, erase=_Q[..., :3]),
@@ -326,26 +298,6 @@ _BAD_INPUTS = (
         lambda: delta_rule(_Q, _Q, _Q, beta=_Q[..., 0], allow_neg_eigval=True),
         ValueError,
         r"expected beta_sigmoid with allow_neg_eigval, got False",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q, initial_state=torch.zeros(1, 2, 4, 4)),
-        RuntimeError,
-        r"expected initial_state of shape \[N, HV, K, V\] = \[2, 2, 4, 4\]",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q, initial_state=_S.bfloat16()),
-        RuntimeError,
-        r"expected initial_state of dtype float32, got bfloat16",
-    ),
-    BadInput(
-        lambda: delta_rule(_Q, _Q, _Q, cu_seqlens=torch.tensor([0, 5])),
-        RuntimeError,
-        r"expected B = 1 with cu_seqlens, got 2",
-    ),
-    BadInput(
-        lambda: delta_rule(*[_Q[:1]] * 3, cu_seqlens=torch.tensor([0, 4])),
-        RuntimeError,
-        r"expected cu_seqlens to end with T = 5, got 4",
     ),
     BadInput(lambda: _raw(_Q, _Q[:, :4], _Q), RuntimeError, r"expected k of shape"),
     BadInput(lambda: _raw(_Q, _Q, _Q, form="fast"), RuntimeError, r"expected form of auto"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastweights.ops.linear_attention import reference
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.testing.bad_recurrences import bad_recurrence_inputs
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
 from fastweights.testing.peers import sdpa
 
@@ -157,80 +158,11 @@ def _raw(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None, **options: A
 
 
 _BAD_INPUTS = (
-    BadInput(
-        lambda: linear_attention(_Q[0], _Q, _Q),
-        RuntimeError,
-        r"linear_attention: expected q of shape \[B, T, H, K\], got \[5, 2, 4\]",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q[:, :4], _Q),
-        RuntimeError,
-        r"expected k of shape \[B, T, H, K\] = \[2, 5, 2, 4\] \(from q\), got \[2, 4, 2, 4\]",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q[:, :, :1]),
-        RuntimeError,
-        r"expected v with a multiple of H = 2 heads \(from q\), got 1",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q.double()),
-        RuntimeError,
-        r"expected v of dtype float32 \(from q\), got float64",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q.int(), _Q.int(), _Q.int()),
-        RuntimeError,
-        r"expected q of dtype float32, bfloat16, float16 or float64, got int32",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q, _Q[..., 0].mT),
-        RuntimeError,
-        r"expected g of shape \[B, T, HV\] = \[2, 5, 2\] \(from q and v\), got \[2, 2, 5\]",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q, _Q[0, :, :, 0]),
-        RuntimeError,
-        r"expected g of shape \[HV\], \[B, T, HV\] or \[B, T, HV, K\], got \[5, 2\]",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q, initial_state=torch.zeros(1, 2, 4, 4)),
-        RuntimeError,
-        r"expected initial_state of shape \[N, HV, K, V\] = \[2, 2, 4, 4\]",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q, initial_state=torch.zeros(2, 2, 4, 4).bfloat16()),
-        RuntimeError,
-        r"expected initial_state of dtype float32, got bfloat16",
-    ),
+    *bad_recurrence_inputs(linear_attention),
     BadInput(
         lambda: linear_attention(_Q, _Q, _Q, initial_state=(_Q, _Q)),
         TypeError,
         r"expected initial_state to be a tensor without normalize",
-    ),
-    BadInput(
-        lambda: linear_attention(_Q, _Q, _Q, cu_seqlens=torch.tensor([0, 5])),
-        RuntimeError,
-        r"expected B = 1 with cu_seqlens, got 2",
-    ),
-    BadInput(
-        lambda: linear_attention(*[_Q[:1]] * 3, cu_seqlens=torch.tensor([0, 4, 2, 5])),
-        RuntimeError,
-        r"expected cu_seqlens to ascend, got 2 after 4",
-    ),
-    BadInput(
-        lambda: linear_attention(*[_Q[:1]] * 3, cu_seqlens=torch.tensor([0, 4])),
-        RuntimeError,
-        r"expected cu_seqlens to end with T = 5, got 4",
-    ),
-    BadInput(
-        lambda: linear_attention(*[_Q[:1]] * 3, cu_seqlens=torch.tensor([-3, 5])),
-        RuntimeError,
-        r"expected cu_seqlens to begin with 0, got -3",
-    ),
-    BadInput(
-        lambda: linear_attention(*[_Q[:1]] * 3, cu_seqlens=torch.tensor([0.0, 5.0])),
-        RuntimeError,
-        r"expected cu_seqlens of dtype int32 or int64, got float32",
     ),
     BadInput(lambda: _raw(_Q, _Q[:, :4], _Q), RuntimeError, r"expected k of shape"),
     BadInput(lambda: _raw(_Q, _Q, _Q, _Q[..., :3]), RuntimeError, r"expected g of shape"),
