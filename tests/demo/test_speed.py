@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import VOCAB, quantized_model, softmax_model, tokenizer
 
 import fastweights as fw
 from fastweights.demo.model import Text
 from fastweights.demo.speed import measure
+from tiny_models import VOCAB, quantized_model, softmax_model, tokenizer
 
 
 @pytest.mark.parametrize(
