@@ -13,12 +13,12 @@ from fastweights.ops.linear_attention.gated_layers import (
     MultiScaleRetention,
 )
 from fastweights.ops.linear_attention.layers import LightningAttention, LinearAttention
-from fastweights.ops.linear_attention.norms import SRMSNorm
 from fastweights.ops.linear_attention.transnormer import (
     DiagAttention,
     NormAttention,
     TransNormerBlock,
 )
+from fastweights.ops.norms.layers import SRMSNorm
 from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear, fuse_linears
 
 __all__ = [

@@ -6,21 +6,22 @@ The entry points are those of `layers.py`: forward, step, init_state.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastweights.ops._mixers import check_mode
 from fastweights.ops.linear_attention.decays import retention_log_decay
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.linear_attention.heads import (
+    MODES,
     PositionedState,
     ProjectedHeads,
     activation,
-    check_mode,
     single_tensor,
 )
-from fastweights.ops.linear_attention.norms import RMSNorm, RMSNormGated
 from fastweights.ops.linear_attention.positions import (
     final_positions,
     rotary,
     token_positions,
 )
+from fastweights.ops.norms.layers import RMSNorm, RMSNormGated
 
 __all__ = ["GatedLinearAttention", "MultiScaleRetention"]
 
@@ -102,7 +103,7 @@ class MultiScaleRetention(_GatedOutput):
         fuse_norm: bool = True,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, expand_k, expand_v)
-        check_mode("MultiScaleRetention", mode)
+        check_mode("MultiScaleRetention", mode, MODES)
         self.feature_map_fn = None if feature_map is None else activation(feature_map)
         self._build_output(use_output_gate, gate_fn, elementwise_affine, norm_eps, fuse_norm)
         if self.head_k_dim % 2:
@@ -207,7 +208,7 @@ class GatedLinearAttention(_GatedOutput):
         fuse_norm: bool = True,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, expand_k, expand_v)
-        check_mode("GatedLinearAttention", mode)
+        check_mode("GatedLinearAttention", mode, MODES)
         self.feature_map_fn = None if feature_map is None else activation(feature_map)
         self.gate_logit_normalizer = gate_logit_normalizer
         self.clamp_min = clamp_min

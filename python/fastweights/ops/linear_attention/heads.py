@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PositionedState", "ProjectedHeads", "activation", "check_mode", "single_tensor"]
+__all__ = ["MODES", "PositionedState", "ProjectedHeads", "activation", "single_tensor"]
+
+MODES = ("chunk", "fused_chunk", "fused_recurrent", "parallel")
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -18,19 +20,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-
-
-_MODES = ("chunk", "fused_chunk", "fused_recurrent", "parallel")
-
-
-def check_mode(kind: str, mode: str) -> None:
-    """Refuse a `mode` that fla does not have.
-
-    Raises:
-        ValueError: With `kind` in front.
-    """
-    if mode not in _MODES:
-        raise ValueError(f"{kind}: expected mode to be one of {', '.join(_MODES)}, got {mode!r}")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

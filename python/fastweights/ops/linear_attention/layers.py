@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastweights.ops._mixers import check_mode
 from fastweights.ops.linear_attention.decays import DecayRule, lightning_log_decay
 from fastweights.ops.linear_attention.feature_maps import feature_map as build_feature_map
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
-from fastweights.ops.linear_attention.heads import ProjectedHeads, check_mode, single_tensor
-from fastweights.ops.linear_attention.norms import RMSNorm
+from fastweights.ops.linear_attention.heads import MODES, ProjectedHeads, single_tensor
+from fastweights.ops.norms.layers import RMSNorm
 
 __all__ = ["LightningAttention", "LinearAttention"]
 
@@ -80,7 +81,7 @@ class LinearAttention(ProjectedHeads):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, expand_k, expand_v)
-        check_mode("LinearAttention", mode)
+        check_mode("LinearAttention", mode, MODES)
         if output_norm not in ("rmsnorm", "identity"):
             raise ValueError(
                 'LinearAttention: expected output_norm "rmsnorm" or "identity", '

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.linear_attention.heads import PositionedState, ProjectedHeads, single_tensor
-from fastweights.ops.linear_attention.norms import SRMSNorm
 from fastweights.ops.linear_attention.positions import (
     LRPE,
     check_cu_seqlens,
@@ -20,6 +19,7 @@ from fastweights.ops.linear_attention.positions import (
     token_positions,
     token_sequences,
 )
+from fastweights.ops.norms.layers import SRMSNorm
 
 __all__ = ["BlockState", "DiagAttention", "NormAttention", "TransNormerBlock"]
 

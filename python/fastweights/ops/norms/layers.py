@@ -1,4 +1,6 @@
-"""Normalisations of the output of a recurrent mixer."""
+"""The norms of recurrent mixers as modules."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +41,25 @@ class SRMSNorm(nn.Module):
 
 
 class RMSNormGated(RMSNorm):
-    """rmsnorm(x) · weight · silu(gate): the output of RetNet and GLA."""
+    """rmsnorm(x) · weight · act(gate): the output of RetNet, GLA and the gated delta rules.
+
+    Args:
+        dim: D, the width of a row.
+        eps: Added to the mean square.
+        elementwise_affine: Whether there is a weight.
+        activation: "silu" or "sigmoid".
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        activation: Literal["silu", "sigmoid"] = "silu",
+    ) -> None:
+        super().__init__(dim, eps, elementwise_affine)
+        self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise `[..., D]` over D and gate it by `[..., D]`."""
-        return gated_rms_norm(x, gate, self.weight, eps=self._eps(x))
+        return gated_rms_norm(x, gate, self.weight, activation=self.activation, eps=self._eps(x))
