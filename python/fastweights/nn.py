@@ -1,5 +1,8 @@
 """Every module, flat: `fastweights.nn.<Module>`."""
 
+from fastweights.ops.causal_conv1d.layers import ShortConvolution
+from fastweights.ops.delta_rule.channel_layers import GatedDeltaNet2, KimiDeltaAttention
+from fastweights.ops.delta_rule.layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct
 from fastweights.ops.linear_attention.feature_maps import (
     DPFPFeatureMap,
     EluFeatureMap,
@@ -23,11 +26,16 @@ from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLin
 
 __all__ = [
     "DPFPFeatureMap",
+    "DeltaNet",
     "DiagAttention",
     "EluFeatureMap",
+    "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedDeltaProduct",
     "GatedLinearAttention",
     "HadamardFeatureMap",
     "HedgehogFeatureMap",
+    "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
     "MultiScaleRetention",
@@ -35,6 +43,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "SRMSNorm",
+    "ShortConvolution",
     "T2RFeatureMap",
     "TaylorFeatureMap",
     "TransNormerBlock",
