@@ -107,7 +107,7 @@ class KimiDeltaAttention(DeltaMixer):
 
 
 class GatedDeltaNet2(DeltaMixer):
-    """The delta rule with a decay, an erase and a write gate per channel (Gated DeltaNet-2).
+    """The delta rule with erase and write gates per channel (Gated DeltaNet-2, arXiv:2605.22791).
 
     S_t = (I - k_t·(b_t⊙k_t)ᵀ)·diag(α_t)·S_{t-1} + k_t⊗(w_t⊙v_t), o_t = K^-½·S_tᵀq_t with q, k, v
     from projections and short convolutions, q and k of length one, b = σ(W_b x) per key channel,

@@ -48,8 +48,9 @@ def delta_rule(
 
     Without ``g`` it is DeltaNet (Yang et al. 2024, arXiv:2406.06484, eq. 1-3), with ``g`` per
     token and head Gated DeltaNet (arXiv:2412.06464, eq. 10), per channel Kimi Delta Attention
-    (arXiv:2510.26692), with an erase gate ``b`` and a write gate ``w`` GDN-2. Gated DeltaProduct
-    (arXiv:2502.10297) is the call on n tokens for every one: g on the first, q on the last.
+    (arXiv:2510.26692), with an erase gate ``b`` and a write gate ``w`` GDN-2
+    (arXiv:2605.22791). Gated DeltaProduct (arXiv:2502.10297) is the call on n tokens for every
+    one: g on the first, q on the last.
 
     Args:
         q: queries [B, T, H, K]; float32, bfloat16, float16 or float64. Any strides whose last
