@@ -143,6 +143,17 @@ def test_padding_is_as_if_it_were_not_there(layer: nn.Module) -> None:
     assert torch.equal(layer(x, attention_mask=mask.bool())[0], layer(x, attention_mask=mask)[0])
 
 
+@pytest.mark.parametrize(("batch", "length"), [(2, 5), (2, 0), (0, 5)])
+def test_padding_alone_leaves_the_state(layer: nn.Module, batch: int, length: int) -> None:
+    states = sequence(layer(tokens(), output_final_state=True)[1], 0)
+    states = pytree.tree_map(lambda leaf: leaf.expand(batch, *leaf.shape[1:]), states)
+    mask = torch.zeros(batch, length, dtype=torch.bool)
+    y, final = layer(tokens(batch, length), states, True, attention_mask=mask)
+    assert y.shape == (batch, length, WIDTH)
+    assert not y.any()
+    assert_close(final, states, tolerance=0)
+
+
 def test_later_tokens_change_nothing_before_them(layer: nn.Module) -> None:
     x = tokens()
     other = x.clone()

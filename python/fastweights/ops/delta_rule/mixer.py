@@ -223,9 +223,9 @@ class DeltaMixer(nn.Module):
             return self._mix(x, initial_state, output_final_state, cu_seqlens)
         if cu_seqlens is not None:
             raise ValueError(f"{self.kind}: expected cu_seqlens or attention_mask, got both")
-        tokens, cu_seqlens = without_padding(self.kind, x, attention_mask)
+        tokens, cu_seqlens, places = without_padding(self.kind, x, attention_mask)
         y, state = self._mix(tokens, initial_state, output_final_state, cu_seqlens)
-        return with_padding(y, attention_mask), state
+        return with_padding(y, places, attention_mask.shape), state
 
     def _mix(
         self,
