@@ -20,20 +20,21 @@ def tokens() -> Tensor:
     return torch.randn(2, 13, WIDTH, dtype=torch.float64)
 
 
-def convolved(x: Tensor, projection: nn.Linear, convolution: nn.Conv1d, heads: int) -> Tensor:
+def convolved(layer: nn.Module, x: Tensor, name: str, heads: int) -> Tensor:
     """silu of the short convolution of W x, `[B, T, heads, ·]`, by torch alone."""
-    y = (x @ projection.weight.T).mT
-    width = convolution.weight.shape[-1]
-    y = F.conv1d(F.pad(y, (width - 1, 0)), convolution.weight, convolution.bias, groups=y.shape[1])
-    return F.silu(y).mT.unflatten(-1, (heads, -1))
+    y = x @ getattr(layer, f"{name}_proj").weight.T
+    if layer.use_short_conv:
+        convolution = getattr(layer, f"{name}_conv1d")
+        y = F.pad(y.mT, (convolution.weight.shape[-1] - 1, 0))
+        y = F.conv1d(y, convolution.weight, convolution.bias, groups=y.shape[1]).mT
+    return F.silu(y).unflatten(-1, (heads, -1))
 
 
 def qkv(layer: nn.Module, x: Tensor, writes: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    H, HV = layer.num_heads, layer.num_v_heads
     return (
-        convolved(x, layer.q_proj, layer.q_conv1d, H),
-        convolved(x, layer.k_proj, layer.k_conv1d, writes * H),
-        convolved(x, layer.v_proj, layer.v_conv1d, writes * HV),
+        convolved(layer, x, "q", layer.num_heads),
+        convolved(layer, x, "k", layer.num_heads * writes),
+        convolved(layer, x, "v", layer.num_v_heads * writes),
     )
 
 
@@ -84,11 +85,18 @@ def test_delta_net_with_other_features_is_its_composition(
     assert_close(layer(x)[0], gated @ layer.o_proj.weight.T, tolerance=1e-12)
 
 
+@pytest.mark.parametrize("convolutions", [True, False])
 @pytest.mark.parametrize(("activation", "function"), [("swish", F.silu), ("sigmoid", F.sigmoid)])
 def test_gated_delta_net_is_its_composition(
-    activation: str, function: Callable[[Tensor], Tensor]
+    activation: str, function: Callable[[Tensor], Tensor], convolutions: bool
 ) -> None:
-    layer = fnn.GatedDeltaNet(**HEADS, num_v_heads=4, output_gate_activation=activation).double()
+    layer = fnn.GatedDeltaNet(
+        **HEADS,
+        num_v_heads=4,
+        use_short_conv=convolutions,
+        conv_bias=True,
+        output_gate_activation=activation,
+    ).double()
     x = tokens()
     g = -layer.A_log.exp() * F.softplus(x @ layer.a_proj.weight.T + layer.dt_bias)
     beta = (x @ layer.b_proj.weight.T).sigmoid()

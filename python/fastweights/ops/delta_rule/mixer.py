@@ -161,10 +161,10 @@ class DeltaMixer(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _activate(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """What the convolutions do to the values of one token, where there are none."""
-        return (
-            (F.silu(q), F.silu(k), F.silu(v)) if self.qk_activation == "silu" else (q, k, F.silu(v))
-        )
+        """What is left of the convolutions where there are none."""
+        if self.qk_activation == "silu":
+            q, k = F.silu(q), F.silu(k)
+        return q, k, F.silu(v)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[..., H, K]`, `[..., H, K]` and `[..., HV, V]`."""
