@@ -40,7 +40,7 @@ class KimiDeltaAttention(DeltaMixer):
             without.
         allow_neg_eigval: Twice β, so that a key's component can change its sign
             (arXiv:2411.12537).
-        safe_gate: A_log starts at 0, as it must with a lower_bound, which this demands.
+        safe_gate: A_log starts at 0 instead of ln U(1, 16); wants a lower_bound.
         lower_bound: With it ln α = lower_bound·σ(exp(A_log)·(W_f x + dt_bias)), which is bounded;
             negative.
         conv_size: Width of the convolutions.
