@@ -140,6 +140,11 @@ void lay_out_sequences(const char* op, Inputs& in, bool state_v_first, const std
   p.initial = states_of(in.initial_state, std::nullopt, state_v_first);
 }
 
+Tensor new_corrections(const Inputs& in) {
+  const Problem& p = in.problem;
+  return in_huge_pages(torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V}, state_dtype(in.q.scalar_type())));
+}
+
 void run_forward(const ForwardArgs& args) {
   const Problem& p = args.p;
   parallel_tasks(p.sequences * p.tiles * p.HV,
@@ -147,14 +152,12 @@ void run_forward(const ForwardArgs& args) {
                  [&](int64_t begin, int64_t end) { FW_KERNEL(forward)(args, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const OptionalTensor& beta, const OptionalTensor& g,
-                                              const OptionalTensor& erase, const OptionalTensor& write,
-                                              const OptionalTensor& A_log, const OptionalTensor& dt_bias,
-                                              const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                              double scale, bool qk_l2norm, std::optional<double> lower_bound,
-                                              double beta_range, bool output_final_state, bool state_v_first,
-                                              bool keep_states, const std::string& form) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_rule(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& beta, const OptionalTensor& g,
+    const OptionalTensor& erase, const OptionalTensor& write, const OptionalTensor& A_log,
+    const OptionalTensor& dt_bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale,
+    bool qk_l2norm, std::optional<double> lower_bound, double beta_range, bool output_final_state, bool state_v_first,
+    bool keep_states, const std::string& form) {
   Inputs in =
       check_inputs("delta_rule", {false, q, k, v, beta, g, erase, write, A_log, dt_bias, initial_state, cu_seqlens},
                    {scale, qk_l2norm, lower_bound, beta_range});
@@ -165,14 +168,18 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   Tensor o = in_huge_pages(torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V}));
   Tensor final_state = output_final_state ? new_state(in.q, p, state_v_first) : none_like(in.q);
   Tensor states = keep_states ? new_kept_states(in.q, p) : none_like(in.q);
+  Tensor corrections = keep_states ? new_corrections(in) : none_like(in.q);
 
   ForwardArgs args{};
   args.p = p;
   args.o = rows_of(o);
   if (output_final_state) args.final = states_of(final_state, std::nullopt, state_v_first);
-  args.states = keep_states ? states.data_ptr() : nullptr;
+  if (keep_states) {
+    args.states = states.data_ptr();
+    args.corrections = rows_of(corrections);
+  }
   run_forward(args);
-  return {o, final_state, states};
+  return {o, final_state, states, corrections};
 }
 
 Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& beta,
@@ -202,11 +209,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor? erase, Tensor? write, Tensor? A_log, "
       "Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, *, float scale, bool qk_l2norm, "
       "float? lower_bound, float beta_range, bool output_final_state, bool state_v_first, bool keep_states, str form) "
-      "-> (Tensor o, Tensor final_state, Tensor states)");
+      "-> (Tensor o, Tensor final_state, Tensor states, Tensor corrections)");
   m.def(
       "delta_rule_backward(Tensor grad_o, Tensor? grad_state, Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, "
       "Tensor? erase, Tensor? write, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, "
-      "Tensor states, *, float scale, bool qk_l2norm, float? lower_bound, float beta_range, bool state_v_first) -> "
+      "Tensor states, Tensor corrections, *, float scale, bool qk_l2norm, float? lower_bound, float beta_range, "
+      "bool state_v_first) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor derase, Tensor dwrite, Tensor dA_log, "
       "Tensor ddt_bias, Tensor dinitial_state)");
   m.def(
