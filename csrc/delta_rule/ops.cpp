@@ -53,7 +53,7 @@ void check_gate_parameters(const char* op, const Arguments& given, Inputs& in, c
     check_floating(op, "A_log", *given.A_log);
     check_cpu(op, "A_log", *given.A_log);
     check_shape(op, "A_log", *given.A_log, {p.HV}, "[HV]", "v");
-    in.A_log = torch::stable::contiguous(torch::stable::to(*given.A_log, arithmetic));
+    in.A_log = with_contiguous_last(in_dtype(*given.A_log, arithmetic));
     p.A_log = in.A_log->data_ptr();
   }
   if (given.dt_bias) {
@@ -64,7 +64,7 @@ void check_gate_parameters(const char* op, const Arguments& given, Inputs& in, c
     } else {
       check_shape(op, "dt_bias", *given.dt_bias, {p.HV}, "[HV]", "v");
     }
-    in.dt_bias = torch::stable::contiguous(torch::stable::to(*given.dt_bias, arithmetic));
+    in.dt_bias = torch::stable::contiguous(in_dtype(*given.dt_bias, arithmetic));
     p.bias = in.dt_bias->data_ptr();
   }
 }
@@ -107,7 +107,7 @@ Inputs check_inputs(const char* op, const Arguments& given, const Options& optio
   if (beta) {
     check_floating(op, "beta", *beta);
     per_token.check("beta", *beta, HV, -1, "HV", "q and v");
-    in.beta = torch::stable::to(*beta, arithmetic);
+    in.beta = in_dtype(*beta, arithmetic);
     p.beta = per_token.rows(*in.beta);
   } else {
     fastweights::check(options.beta_range == 0, op, "expected beta with a sigmoid, got None");
