@@ -87,9 +87,9 @@ std::tuple<Tensor, OptionalTensor> parameters(const char* op, const Tensor& weig
     check_cpu(op, "bias", *bias);
     check_floating(op, "bias", *bias);
     check_shape(op, "bias", *bias, {D}, "[D]", "x");
-    converted = torch::stable::contiguous(torch::stable::to(*bias, arithmetic));
+    converted = with_contiguous_last(in_dtype(*bias, arithmetic));
   }
-  const Tensor taps = torch::stable::transpose(torch::stable::to(weight, arithmetic), 0, 1);
+  const Tensor taps = torch::stable::transpose(in_dtype(weight, arithmetic), 0, 1);
   return {torch::stable::contiguous(taps), converted};
 }
 

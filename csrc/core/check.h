@@ -92,4 +92,9 @@ inline Tensor with_contiguous_last(const Tensor& t) {
   return readable ? t : torch::stable::contiguous(t);
 }
 
+// The same without a call into torch where nothing is to be converted.
+inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
 }  // namespace fastweights

@@ -295,15 +295,6 @@ FW_INLINE void update(int64_t M, int64_t N, int64_t n, const T* decay, int64_t s
 
 // ---- transposition: log2(lanes) rounds that exchange the off-diagonal blocks of half the size -------------------
 
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct LanesUpTo<0, I...> {
-  using type = Lanes<I...>;
-};
-
 template <int H, typename V, int... I>
 FW_INLINE V keep_even_blocks(V a, V b, Lanes<I...>) {
   return __builtin_shufflevector(a, b, ((I & H) ? int(sizeof...(I)) + I - H : I)...);

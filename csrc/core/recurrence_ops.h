@@ -74,7 +74,7 @@ inline Gate step_gate_of(const char* op, const Tensor& g, int64_t B, int64_t HV,
 
 // g as the kernels read it: in the type of the arithmetic, a gate per channel with a contiguous last dimension.
 inline Tensor readable_gate(const Tensor& g, Gate gate, ScalarType arithmetic) {
-  const Tensor converted = torch::stable::to(g, arithmetic);
+  const Tensor converted = in_dtype(g, arithmetic);
   return gate == Gate::channel ? with_contiguous_last(converted) : converted;
 }
 

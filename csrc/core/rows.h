@@ -59,11 +59,17 @@ FW_INLINE void store_row(const Rows& r, int64_t offset, int64_t n, const T* in) 
   }
 }
 
+// a . b, a sum for each lane; n is a multiple of the lane count.
 template <typename T>
-FW_INLINE T dot(const T* a, const T* b, int64_t n) {
+FW_INLINE Vec<T> product_sums(const T* a, const T* b, int64_t n) {
   Vec<T> sum = zero<T>();
   for (int64_t j = 0; j < n; j += kLanes<T>) sum = fma(load(a + j), load(b + j), sum);
-  return reduce_add<T>(sum);
+  return sum;
+}
+
+template <typename T>
+FW_INLINE T dot(const T* a, const T* b, int64_t n) {
+  return reduce_add<T>(product_sums(a, b, n));
 }
 
 }  // namespace fastweights::FW_LEVEL

@@ -120,17 +120,26 @@ FW_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using type = Lanes<I...>;
+};
+
+template <int H, typename V, int... I>
+FW_INLINE V add_halves(V v, Lanes<I...> all) {
+  v += __builtin_shufflevector(v, v, (I ^ H)...);
+  if constexpr (H > 1) return add_halves<H / 2>(v, all);
+  return v;
+}
+
+// Pairwise over halves: the same order at every call, whatever the compiler vectorises.
 template <typename T>
 FW_INLINE T reduce_add(Vec<T> v) {
-  // Pairwise over halves: the same order at every call, whatever the compiler vectorises.
-  T lane[kLanes<T>];
-  store(lane, v);
-  FW_UNROLL
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    FW_UNROLL
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  return add_halves<kLanes<T> / 2>(v, typename LanesUpTo<kLanes<T>>::type{})[0];
 }
 
 template <typename T>

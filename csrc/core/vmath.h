@@ -150,4 +150,13 @@ FW_INLINE double exp(double x) {
   return __builtin_exp(x);
 }
 
+template <typename T>
+FW_INLINE T reciprocal_root(T x) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return 1 / __builtin_sqrt(x);
+  } else {
+    return 1 / __builtin_sqrtf(x);
+  }
+}
+
 }  // namespace fastweights::FW_LEVEL

@@ -22,7 +22,7 @@ static float affine(const float* x, const float* w, int64_t n) {
 }
 
 static void rms_norm(float* x, const float* weight, float eps, int64_t n) {
-  const float factor = 1.0f / __builtin_sqrtf(dot(x, x, n) / float(n) + eps);
+  const float factor = reciprocal_root(dot(x, x, n) / float(n) + eps);
   for (int64_t i = 0; i < n; ++i) x[i] *= factor * weight[i];
 }
 

@@ -1,9 +1,11 @@
 // The backward in chunks, from the last to the first. With S the state before a chunk, dS the gradient of the one after
-// it, L, P, N as in the forward, and dP = tril(do N^T), dL = strict tril(D N^T) with their decays:
+// it, L, P as in the forward, N its corrections, which it kept, and dP = tril(do N^T), dL = strict tril(D N^T) with
+// their decays:
 //   D = P^T do + (suffix k) dS + L^T D      du = D
 //   dq = prefix (do S^T) + dP k             de = prefix (D S^T) + dL k        dk = suffix (N dS^T) + dP^T q + dL^T e
 //   dS <- total dS + (prefix q)^T do + (prefix e)^T D
 //   dg_t = dg_{t+1} + q_t . dq_t + e_t . de_t - k_t . dk_t,  dg after the chunk: dS . (the state after it)
+// S is needed as its transpose only.
 #include "delta_rule/gradients.h"
 
 namespace fastweights::delta_rule::FW_LEVEL {
@@ -20,16 +22,15 @@ class ChunkedBackward {
         cp(padded<T>(c)),
         scratch(bytes(args.p, columns, heads)),
         chunk(p, columns, scratch),
-        token(p, columns, scratch) {
-    for (T*& state : S) state = scratch.take<T>(Kp * ld);
-    for (T*& n : N) n = scratch.take<T>(cp * ld);
-    for (T*& l : L) l = scratch.take<T>(cp * cp);
-    ST = scratch.take<T>(ld * Kp), dST = scratch.take<T>(ld * Kp);
+        rows(p, columns, scratch) {
+    S = scratch.take<T>(Kp * ld), dST = scratch.take<T>(ld * Kp);
+    for (T*& transposed : ST) transposed = scratch.take<T>(ld * Kp);
     dS_of_heads = scratch.take<T>(heads * Kp * ld);
     sums_of_heads = scratch.take<T>(heads * GateSums<T>::size(Kp));
     NT = scratch.take<T>(ld * cp);
-    P = scratch.take<T>(cp * cp), dP = scratch.take<T>(cp * cp), dL = scratch.take<T>(cp * cp);
-    G = scratch.take<T>(cp * ld), D = scratch.take<T>(cp * ld);
+    L = scratch.take<T>(cp * cp), P = scratch.take<T>(cp * cp);
+    dL = scratch.take<T>(cp * cp), dP = scratch.take<T>(cp * cp);
+    N = scratch.take<T>(cp * ld), G = scratch.take<T>(cp * ld), D = scratch.take<T>(cp * ld);
     dq = scratch.take<T>(cp * Kp), de = scratch.take<T>(cp * Kp), dk = scratch.take<T>(cp * Kp);
   }
 
@@ -66,9 +67,9 @@ class ChunkedBackward {
   static size_t bytes(const Problem& p, int64_t columns, int64_t heads) {
     const int64_t Kp = padded<T>(p.K), ld = padded<T>(columns), cp = padded<T>(chunk_of(p));
     const auto take = [](int64_t n) { return Scratch::take_bytes<T>(n); };
-    return Chunk<T>::bytes(p, columns) + TokenGradients<T>::bytes(p, columns) + (kMostChunks + 3) * take(Kp * ld) +
-           kMostChunks * (take(cp * ld) + take(cp * cp)) + take(heads * Kp * ld) + take(heads * GateSums<T>::size(Kp)) +
-           take(ld * cp) + 3 * take(cp * cp) + 2 * take(cp * ld) + 3 * take(cp * Kp);
+    return Chunk<T>::bytes(p, columns) + RowGradients<T>::bytes(p, columns) + (kMostChunks + 3) * take(Kp * ld) +
+           take(heads * Kp * ld) + take(heads * GateSums<T>::size(Kp)) + take(ld * cp) + 4 * take(cp * cp) +
+           3 * take(cp * ld) + 3 * take(cp * Kp);
   }
 
   void select(int64_t head) {
@@ -83,7 +84,7 @@ class ChunkedBackward {
     const auto keys = [&](const Rows& r, int64_t of) { ahead.add(r, of, 0, p.K); };
     const auto values = [&](const Rows& r) { ahead.add(r, next.head, next.column, next.width); };
     keys(p.q, next.key_head), keys(p.k, next.key_head), keys(p.erase, next.head);
-    values(p.v), values(p.write), values(a.grad_o), values(a.dv), values(a.dwrite);
+    values(p.v), values(p.write), values(a.corrections), values(a.grad_o), values(a.dv), values(a.dwrite);
     keys(a.dq, head), keys(a.dk, head), keys(a.derase, head);
     ahead.add(p.g, next.head, 0, gate);
     if (p.gate == Gate::channel) keys(a.dg, head);
@@ -95,52 +96,65 @@ class ChunkedBackward {
     const int64_t start = segment * kSegment, end = start + kSegment < s.length ? start + kSegment : s.length;
     const int64_t chunks = (end - start + c - 1) / c;
     const bool final_state = ends && p.gate != Gate::none && a.grad_final.S;
-    Nothing nothing;
-    restore_state(a.states, p, task, s.slot + segment, S[0], ld);
-    for (int64_t x = 0; x < chunks; ++x) {
+    restore_state(a.states, p, task, s.slot + segment, S, ld);
+    for (int64_t i = p.K * ld; i < Kp * ld; ++i) S[i] = T(0);
+    transpose(Kp, ld, S, ld, ST[0], Kp);
+    const int64_t states = final_state ? chunks : chunks - 1;
+    for (int64_t x = 0; x < states; ++x) {
       const int64_t first = start + x * c, n = end - first < c ? end - first : c;
-      const bool last = x + 1 == chunks;
-      chunk.u = N[x];
-      chunk.load(p, s, task, first, n, last, true);
-      chunk.transpose_keys(p, n);
-      chunk.weights(p, n, chunk.e, L[x]);
-      chunk.correct(p, n, L[x], S[x], nothing);
-      if (!last || final_state) advance_state(p, chunk, n, N[x], S[x], S[x + 1], nothing);
+      chunk.load(p, s, task, first, n, {.q = false, .e = false, .u = false});
+      load_rows(a.corrections, s, task, first, n, N);
+      advance_transposed(n, ST[x], ST[x + 1]);
     }
-    if (final_state) sums.carry_from(p, S[chunks], dS, ld);
     for (int64_t x = chunks - 1; x >= 0; --x) {
       const int64_t first = start + x * c, n = end - first < c ? end - first : c;
-      if (x + 1 < chunks) {
-        chunk.load(p, s, task, first, n, true, false);
-        chunk.transpose_keys(p, n);
-      }
-      run_chunk(s, task, first, n, x, rows_ahead(s, x));
+      chunk.load(p, s, task, first, n, {.q = true, .e = true, .u = false});
+      load_rows(a.corrections, s, task, first, n, N);
+      load_rows(a.grad_o, s, task, first, n, G);
+      transpose(Kp, ld, dS, ld, dST, Kp);
+      if (x < states && p.gate != Gate::none) sums.carry_from_transposed(p, task.width, ST[x + 1], dST);
+      run_chunk(s, task, first, n, ST[x], rows_ahead(s, x));
+    }
+    // For the segment before this one.
+    if (start > 0 && p.gate != Gate::none) sums.carry_from(p, S, dS, ld);
+  }
+
+  void load_rows(const Rows& r, const Sequence& s, const Task& task, int64_t start, int64_t n, T* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      load_row(r, s.offset(r, start + i, task.head) + task.column, task.width, T(1), out + i * ld);
+      for (int64_t j = padded<T>(task.width); j < ld; ++j) out[i * ld + j] = T(0);
     }
   }
 
-  void run_chunk(const Sequence& s, const Task& task, int64_t start, int64_t n, int64_t x, Ahead ahead) {
-    const bool channel = p.gate == Gate::channel, scalar = !channel && p.gate != Gate::none;
-    for (int64_t i = p.K * ld; i < Kp * ld; ++i) S[x][i] = T(0);
-    transpose(Kp, ld, S[x], ld, ST, Kp);
-    transpose(Kp, ld, dS, ld, dST, Kp);
-    for (int64_t i = 0; i < n; ++i) {
-      load_row(a.grad_o, s.offset(a.grad_o, start + i, task.head) + task.column, task.width, T(1), G + i * ld);
-      for (int64_t j = padded<T>(task.width); j < ld; ++j) G[i * ld + j] = T(0);
+  // S^T <- S^T total + N^T k_out
+  void advance_transposed(int64_t n, const T* before, T* after) {
+    const Left<T> corrections{N, 1, ld};
+    const Right<T> keys{chunk.k_out, Kp};
+    if (p.gate == Gate::channel) {
+      update<T, By::columns>(ld, Kp, n, chunk.total, 0, corrections, keys, before, after, Kp);
+    } else {
+      update<T>(ld, Kp, n, chunk.total, 0, corrections, keys, before, after, Kp);
     }
+  }
+
+  void run_chunk(const Sequence& s, const Task& task, int64_t start, int64_t n, const T* ST, Ahead ahead) {
+    const bool channel = p.gate == Gate::channel, scalar = !channel && p.gate != Gate::none;
+    chunk.transpose_keys(p, n);
+    chunk.weights(p, n, chunk.e, L);
     chunk.weights(p, n, chunk.q, P);
     read_out<T, Triangle::upper>(n, ld, p.K, {chunk.k_out, Kp, 1}, {dS, ld}, nullptr, chunk.upper(p, P), {G, ld}, D, ld,
                                  ahead);
-    solve<T, Triangle::upper>(n, ld, 0, {nullptr, 0, 0}, {nullptr, 0}, chunk.upper(p, L[x]), D, ld);
+    solve<T, Triangle::upper>(n, ld, 0, {nullptr, 0, 0}, {nullptr, 0}, chunk.upper(p, L), D, ld);
 
-    for (int64_t i = n * ld; i < padded<T>(n) * ld; ++i) N[x][i] = T(0);
-    transpose(padded<T>(n), ld, N[x], ld, NT, cp);
+    for (int64_t i = n * ld; i < padded<T>(n) * ld; ++i) N[i] = T(0);
+    transpose(padded<T>(n), ld, N, ld, NT, cp);
     triangle<T>(n, task.width, {G, ld, 1}, {NT, cp}, dP, cp);
     triangle<T>(n, task.width, {D, ld, 1}, {NT, cp}, dL, cp);
     if (channel) {
       for (int64_t i = 0; i < n; ++i) dL[i * cp + i] = T(0);
       scaled_product<T>(n, Kp, task.width, {G, ld, 1}, {ST, Kp}, chunk.prefix, dq, Kp, ahead);
       scaled_product<T>(n, Kp, task.width, {D, ld, 1}, {ST, Kp}, chunk.prefix, de, Kp, ahead);
-      scaled_product<T>(n, Kp, task.width, {N[x], ld, 1}, {dST, Kp}, chunk.suffix, dk, Kp, ahead);
+      scaled_product<T>(n, Kp, task.width, {N, ld, 1}, {dST, Kp}, chunk.suffix, dk, Kp, ahead);
       channel_triangle_backward(n, Kp, chunk.q, chunk.k, chunk.decay, dP, cp, dq, dk);
       channel_triangle_backward(n, Kp, chunk.e, chunk.k, chunk.decay, dL, cp, de, dk);
     } else {
@@ -150,20 +164,20 @@ class ChunkedBackward {
       const T *prefix = scalar ? chunk.prefix : nullptr, *suffix = scalar ? chunk.suffix : nullptr;
       read_out<T>(n, Kp, task.width, {G, ld, 1}, {ST, Kp}, prefix, {dP, cp, 1}, {chunk.k, Kp}, dq, Kp, ahead);
       read_out<T>(n, Kp, task.width, {D, ld, 1}, {ST, Kp}, prefix, {dL, cp, 1}, {chunk.k, Kp}, de, Kp, ahead);
-      read_out<T, Triangle::upper>(n, Kp, task.width, {N[x], ld, 1}, {dST, Kp}, suffix, {dP, 1, cp}, {chunk.q, Kp}, dk,
-                                   Kp, ahead);
+      read_out<T, Triangle::upper>(n, Kp, task.width, {N, ld, 1}, {dST, Kp}, suffix, {dP, 1, cp}, {chunk.q, Kp}, dk, Kp,
+                                   ahead);
       add_upper<T>(n, Kp, {dL, 1, cp}, {chunk.e, Kp}, dk, Kp);
     }
     update<T>(p.K, ld, n, chunk.total, channel, {chunk.q_in, 1, Kp}, {G, ld}, dS, dS, ld, ahead);
     update<T>(p.K, ld, n, &one, 0, {chunk.e_in, 1, Kp}, {D, ld}, dS, dS, ld, ahead);
 
+    rows.products(a, s, task, start, n, chunk, dq, de, dk, D);
     if (channel) {
       channel_gate_gradients(a, s, task, start, n, chunk, dq, de, dk, sums);
     } else if (scalar) {
-      scalar_gate_gradients(a, s, task, start, n, chunk, dq, de, dk, sums);
+      rows.scalar_gate(a, s, task, start, n, chunk, sums);
     }
-    token.store(a, s, task, start, n, chunk, dq, de, dk, D);
-    if (start > 0 && p.gate != Gate::none) sums.carry_from(p, S[x], dS, ld);
+    rows.store(a, s, task, start, n, chunk, dq, de, dk, D);
   }
 
   static constexpr T one = T(1);
@@ -173,13 +187,12 @@ class ChunkedBackward {
   const int64_t c, Kp, ld, cp;
   Scratch scratch;
   Chunk<T> chunk;
-  TokenGradients<T> token;
-  T *S[kMostChunks + 1], *N[kMostChunks], *L[kMostChunks];
-  T *ST, *dST, *dS_of_heads, *sums_of_heads, *dS;
+  RowGradients<T> rows;
+  T *S, *ST[kMostChunks + 1], *dST, *dS_of_heads, *sums_of_heads, *dS;
   GateSums<T> sums;
   Task next;
   int64_t next_start;
-  T *NT, *P, *dP, *dL, *G, *D, *dq, *de, *dk;
+  T *L, *P, *dL, *dP, *N, *NT, *G, *D, *dq, *de, *dk;
 };
 
 template <typename T>

@@ -15,8 +15,14 @@ FW_INLINE int64_t chunk_of(const Problem& p) {
   return p.gate == Gate::channel ? kChannelChunk : kChunk;
 }
 
+// What a load is for besides k.
+struct Wanted {
+  bool q, e, u;
+};
+
 template <typename T>
-struct Chunk {
+class Chunk {
+ public:
   int64_t Kp, ld, cp;        // padded K, columns and tokens
   T *q, *k, *e, *u;          // rows; q with the scale
   T *q_inverse, *k_inverse;  // inverse norms
@@ -31,7 +37,7 @@ struct Chunk {
   static size_t bytes(const Problem& p, int64_t columns) {
     const int64_t c = chunk_of(p), Kp = padded<T>(p.K), cp = padded<T>(c), per_token = gate_width(p);
     const auto take = [](int64_t n) { return Scratch::take_bytes<T>(n); };
-    return 6 * take(cp * Kp) + take(cp * padded<T>(columns)) + 3 * take(c) + 3 * take(c * per_token + kLanes<T>) +
+    return 6 * take(cp * Kp) + take(cp * padded<T>(columns)) + 3 * take(cp) + 3 * take(c * per_token + kLanes<T>) +
            take(Kp) + take(Kp * cp) + take(cp * kLanes<T>) + take(padded<T>(columns));
   }
 
@@ -40,7 +46,7 @@ struct Chunk {
     Kp = padded<T>(p.K), ld = padded<T>(columns), cp = padded<T>(c);
     q = scratch.take<T>(cp * Kp), k = scratch.take<T>(cp * Kp), e = scratch.take<T>(cp * Kp);
     u = scratch.take<T>(cp * ld);
-    q_inverse = scratch.take<T>(c), k_inverse = scratch.take<T>(c), beta = scratch.take<T>(c);
+    q_inverse = scratch.take<T>(cp), k_inverse = scratch.take<T>(cp), beta = scratch.take<T>(cp);
     decay = scratch.take<T>(c * per_token + kLanes<T>);
     prefix = scratch.take<T>(c * per_token + kLanes<T>);
     suffix = scratch.take<T>(c * per_token + kLanes<T>);
@@ -53,32 +59,23 @@ struct Chunk {
     room = scratch.take<T>(ld);
   }
 
-  // Tokens [start, start + n), the queries and values only if wanted. Rows of k from n on up to a whole vector are
-  // zero, for their transpose.
-  void load(const Problem& p, const Sequence& s, const Task& task, int64_t start, int64_t n, bool queries,
-            bool values) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t t = start + i;
-      beta[i] = load_beta<T>(p, s.offset(p.beta, t, task.head));
-      if (queries) q_inverse[i] = load_normalized(p, p.q, s.offset(p.q, t, task.key_head), T(p.scale), q + i * Kp);
-      k_inverse[i] = load_normalized(p, p.k, s.offset(p.k, t, task.key_head), T(1), k + i * Kp);
-      load_erase_key(p, s.offset(p.erase, t, task.head), beta[i], k + i * Kp, e + i * Kp);
-      if (values) load_value(p, s, task, t, beta[i], u + i * ld, room, ld);
-    }
+  // Tokens [start, start + n). Rows of k from n on up to a whole vector are zero, for their transpose.
+  void load(const Problem& p, const Sequence& s, const Task& task, int64_t start, int64_t n, Wanted wanted) {
+    load_gates(p, s, task, start, n);
+    load_rows(p, s, p.k, task.key_head, start, n, T(1), k, k_inverse);
     for (int64_t i = n * Kp; i < padded<T>(n) * Kp; ++i) k[i] = T(0);
-    total[0] = T(1);
-    if (p.gate == Gate::none) return;
-    for (int64_t i = 0; i < n; ++i) load_decay(p, s, start + i, task.head, decay + i * gate_width(p));
-    if (p.gate == Gate::channel) {
-      running_products(n, Kp, decay, prefix, suffix, total);
-      if (queries) scale_elements(n, Kp, prefix, q, q_in);
-      scale_elements(n, Kp, prefix, e, e_in);
-      scale_elements(n, Kp, suffix, k, k_out);
-    } else {
-      total[0] = running_products(n, decay, prefix, suffix);
-      if (queries) scale_rows(n, Kp, prefix, q, q_in);
-      scale_rows(n, Kp, prefix, e, e_in);
-      scale_rows(n, Kp, suffix, k, k_out);
+    scale(p, n, suffix, k, k_out);
+    if (wanted.e) {
+      for (int64_t i = 0; i < n; ++i)
+        load_erase_key(p, s.offset(p.erase, start + i, task.head), beta[i], k + i * Kp, e + i * Kp);
+      scale(p, n, prefix, e, e_in);
+    }
+    if (wanted.q) {
+      load_rows(p, s, p.q, task.key_head, start, n, T(p.scale), q, q_inverse);
+      scale(p, n, prefix, q, q_in);
+    }
+    if (wanted.u) {
+      for (int64_t i = 0; i < n; ++i) load_value(p, s, task, start + i, beta[i], u + i * ld, room, ld);
     }
   }
 
@@ -110,6 +107,51 @@ struct Chunk {
 
  private:
   static int64_t gate_width(const Problem& p) { return p.gate == Gate::channel ? padded<T>(p.K) : 1; }
+
+  // The numbers of all tokens first, so that each function of them takes whole vectors.
+  void load_gates(const Problem& p, const Sequence& s, const Task& task, int64_t start, int64_t n) {
+    constexpr int L = kLanes<T>;
+    for (int64_t i = 0; i < n; ++i)
+      beta[i] = p.beta.data ? static_cast<const T*>(p.beta.data)[s.offset(p.beta, start + i, task.head)] : T(1);
+    if (p.beta.data) {
+      for (int64_t i = 0; i < n; i += L) store(beta + i, beta_of<T>(p, fastweights::FW_LEVEL::load(beta + i)));
+    }
+    total[0] = T(1);
+    if (p.gate == Gate::none) return;
+    const GateOf<T> gate = GateOf<T>::of(p, task.head);
+    const T* g = static_cast<const T*>(p.g.data);
+    if (p.gate == Gate::channel) {
+      for (int64_t i = 0; i < n; ++i)
+        load_channel_decay(p, gate, g + s.offset(p.g, start + i, task.head), decay + i * Kp);
+      running_products(n, Kp, decay, prefix, suffix, total);
+    } else {
+      for (int64_t i = 0; i < n; ++i) decay[i] = g[s.offset(p.g, start + i, task.head)];
+      for (int64_t i = 0; i < n; i += L) store(decay + i, exp(gate(fastweights::FW_LEVEL::load(decay + i), 0, 1)));
+      total[0] = running_products(n, decay, prefix, suffix);
+    }
+  }
+
+  // Rows of q or k, divided by their norms if asked, times factor.
+  void load_rows(const Problem& p, const Sequence& s, const Rows& r, int64_t head, int64_t start, int64_t n, T factor,
+                 T* out, T* inverse) {
+    constexpr int L = kLanes<T>;
+    const T first = p.l2norm ? T(1) : factor;
+    for (int64_t i = 0; i < n; ++i) load_row(r, s.offset(r, start + i, head), p.K, first, out + i * Kp);
+    for (int64_t i = 0; i < n; ++i) inverse[i] = T(1);
+    if (!p.l2norm) return;
+    for (int64_t i = 0; i < n; ++i) store(part + i * L, product_sums(out + i * Kp, out + i * Kp, Kp));
+    for (int64_t i = 0; i < n; i += L) store(inverse + i, reduce_each<T>(part + i * L) + kNormEps<T>);
+    for (int64_t i = 0; i < n; ++i) inverse[i] = reciprocal_root(inverse[i]);
+    for (int64_t i = 0; i < n; ++i) scale_row(out + i * Kp, Kp, inverse[i] * factor);
+  }
+
+  void scale(const Problem& p, int64_t n, const T* factor, const T* in, T* out) const {
+    if (p.gate == Gate::channel) {
+      scale_elements(n, Kp, factor, in, out);
+    } else if (p.gate != Gate::none) {
+      scale_rows(n, Kp, factor, in, out);
+    }
+  }
 };
 
 // S <- total S + k_out^T N, for the chunk's state before and the one after it, perhaps the same.

@@ -5,6 +5,11 @@
 namespace fastweights::delta_rule::FW_LEVEL {
 
 template <typename T>
+static void keep_correction(const ForwardArgs& a, const Sequence& s, const Task& task, int64_t i, const T* d) {
+  if (a.corrections.data) store_row(a.corrections, s.offset(a.corrections, i, task.head) + task.column, task.width, d);
+}
+
+template <typename T>
 static void recurrent_forward(const ForwardArgs& a, int64_t index) {
   const Problem& p = a.p;
   const Task task = Task::of(p, index);
@@ -19,6 +24,7 @@ static void recurrent_forward(const ForwardArgs& a, int64_t index) {
     token.load(p, s, task, i);
     advance(p.K, ld, S, ld, token.q, token.k, token.e, token.a, a_step, token.kq, token.d, token.o);
     if (!a.only_states) store_row(a.o, s.offset(a.o, i, task.head) + task.column, task.width, token.o);
+    keep_correction(a, s, task, i, token.d);
   }
   store_state(a.final, task, p.K, p.HV, false, S, ld);
 }
@@ -51,12 +57,13 @@ class ChunkedForward {
         const Task task = Task::of(p, first_task + h);
         T* state = S + h * p.K * ld;
         if (a.states && start % kSegment == 0) keep_state(a.states, p, task, s.slot + start / kSegment, state, ld);
-        chunk.load(p, s, task, start, n, !a.only_states, true);
+        chunk.load(p, s, task, start, n, {.q = !a.only_states, .e = true, .u = true});
         const bool last = h + 1 == heads;
         Ahead ahead = rows_ahead(s, Task::of(p, first_task + (last ? 0 : h + 1)), last ? start + c : start);
         chunk.transpose_keys(p, n);
         chunk.weights(p, n, chunk.e, L);
         chunk.correct(p, n, L, state, ahead);
+        for (int64_t i = 0; i < n; ++i) keep_correction(a, s, task, start + i, chunk.u + i * ld);
         if (!a.only_states) write_outputs(s, task, start, n, state, ahead);
         advance_state(p, chunk, n, chunk.u, state, state, ahead);
       }
@@ -82,6 +89,7 @@ class ChunkedForward {
     ahead.add(p.erase, task.head, 0, p.K);
     ahead.add(p.write, task.head, task.column, task.width);
     ahead.add(a.o, task.head, task.column, task.width);
+    ahead.add(a.corrections, task.head, task.column, task.width);
     return ahead;
   }
 

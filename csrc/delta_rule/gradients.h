@@ -28,6 +28,18 @@ struct GateSums {
     if (p.gate != Gate::channel) carry[0] = total;
   }
 
+  // The same from their transposes of `columns` rows.
+  void carry_from_transposed(const Problem& p, int64_t columns, const T* ST, const T* dST) {
+    Vec<T> total = zero<T>();
+    for (int64_t j = 0; j < Kp; j += kLanes<T>) {
+      Vec<T> sum = zero<T>();
+      for (int64_t v = 0; v < columns; ++v) sum = fma(load(ST + v * Kp + j), load(dST + v * Kp + j), sum);
+      fastweights::FW_LEVEL::store(carry + j, sum);
+      total += sum;
+    }
+    if (p.gate != Gate::channel) carry[0] = reduce_add<T>(total);
+  }
+
   void store(const BackwardArgs& a, const Task& task) const {
     const Problem& p = a.p;
     const int64_t index = (task.n * p.tiles + task.tile) * p.HV + task.head;
@@ -41,32 +53,6 @@ struct GateSums {
 
 // dg of the tokens of a chunk. The identity leaves a rounding error where the exact gradient, exp(g) times something,
 // is zero.
-template <typename T>
-FW_INLINE void scalar_gate_gradients(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t start,
-                                     int64_t n, const Chunk<T>& chunk, const T* dq, const T* de, const T* dk,
-                                     GateSums<T>& sums) {
-  const Problem& p = a.p;
-  const int64_t Kp = chunk.Kp, partial = task.tile * p.HV + task.head;
-  const GateOf<T> gate = GateOf<T>::of(p, task.head);
-  T gradient = sums.carry[0];
-  for (int64_t i = n - 1; i >= 0; --i) {
-    const int64_t at = i * Kp;
-    gradient += dot(chunk.q + at, dq + at, Kp) + dot(chunk.e + at, de + at, Kp) - dot(chunk.k + at, dk + at, Kp);
-    T exact = chunk.decay[i] == T(0) ? T(0) : gradient;
-    if (p.gate == Gate::head) {
-      sums.head[0] += exact;
-      continue;
-    }
-    if (p.decay != Decay::given) {
-      const T given = static_cast<const T*>(p.g.data)[s.offset(p.g, start + i, task.head)];
-      Vec<T> dg = set1(exact);
-      sums.A_log[0] += gate.backward(set1(given), 0, 1, dg)[0];
-      sums.bias[0] += exact = dg[0];
-    }
-    static_cast<T*>(a.dg.data)[s.offset(a.dg, start + i, partial)] = exact;
-  }
-}
-
 template <typename T>
 FW_INLINE void channel_gate_gradients(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t start,
                                       int64_t n, const Chunk<T>& chunk, const T* dq, const T* de, const T* dk,
@@ -95,94 +81,168 @@ FW_INLINE void channel_gate_gradients(const BackwardArgs& a, const Sequence& s, 
   sums.A_log[0] += reduce_add<T>(to_A_log);
 }
 
-// The gradients of a token's own rows; writes over dq, de and dk.
+// The gradients of a chunk's own rows and gates.
 template <typename T>
-struct TokenGradients {
-  T *row, *other;
-
-  static size_t bytes(const Problem& p, int64_t columns) { return 2 * Scratch::take_bytes<T>(width(p, columns)); }
-
-  TokenGradients(const Problem& p, int64_t columns, Scratch& scratch) {
-    row = scratch.take<T>(width(p, columns)), other = scratch.take<T>(width(p, columns));
+class RowGradients {
+ public:
+  static size_t bytes(const Problem& p, int64_t columns) {
+    const int64_t cp = padded<T>(chunk_of(p));
+    return 2 * Scratch::take_bytes<T>(width(p, columns)) + 4 * Scratch::take_bytes<T>(cp * L) +
+           6 * Scratch::take_bytes<T>(cp);
   }
 
+  RowGradients(const Problem& p, int64_t columns, Scratch& scratch) {
+    const int64_t cp = padded<T>(chunk_of(p));
+    row = scratch.take<T>(width(p, columns)), other = scratch.take<T>(width(p, columns));
+    for (T*& x : parts) x = scratch.take<T>(cp * L);
+    q_dq = scratch.take<T>(cp), k_de = scratch.take<T>(cp), k_dk = scratch.take<T>(cp), v_du = scratch.take<T>(cp);
+    dg = scratch.take<T>(cp), given = scratch.take<T>(cp);
+  }
+
+  // The dot products of each token that the gradients of norms, beta and a scalar gate are made of: of q and dq, of
+  // k and erase * de, of k and dk, of v and write * du.
+  void products(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t start, int64_t n,
+                const Chunk<T>& chunk, const T* dq, const T* de, const T* dk, const T* du) {
+    const Problem& p = a.p;
+    const int64_t Kp = chunk.Kp, columns = padded<T>(task.width);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = i * Kp, t = start + i;
+      const T *k = chunk.k + at, *erased = k;
+      if (p.erase.data) {
+        load_row(p.erase, s.offset(p.erase, t, task.head), p.K, T(1), row);
+        scale_elements(1, Kp, k, row, row);
+        erased = row;
+      }
+      store_part(0, i, product_sums(chunk.q + at, dq + at, Kp));
+      store_part(1, i, product_sums(erased, de + at, Kp));
+      store_part(2, i, product_sums(k, dk + at, Kp));
+      load_value(p, s, task, t, T(1), row, other, columns);
+      store_part(3, i, product_sums(row, du + i * chunk.ld, columns));
+    }
+    for (int64_t i = 0; i < n; i += L) {
+      fastweights::FW_LEVEL::store(q_dq + i, reduce_each<T>(parts[0] + i * L));
+      fastweights::FW_LEVEL::store(k_de + i, reduce_each<T>(parts[1] + i * L));
+      fastweights::FW_LEVEL::store(k_dk + i, reduce_each<T>(parts[2] + i * L));
+      fastweights::FW_LEVEL::store(v_du + i, reduce_each<T>(parts[3] + i * L));
+    }
+  }
+
+  // dg of a gate per token or head; `products` before it.
+  void scalar_gate(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t start, int64_t n,
+                   const Chunk<T>& chunk, GateSums<T>& sums) {
+    const Problem& p = a.p;
+    T gradient = sums.carry[0];
+    for (int64_t i = n - 1; i >= 0; --i) {
+      gradient += q_dq[i] - chunk.beta[i] * k_de[i] - k_dk[i];
+      dg[i] = chunk.decay[i] == T(0) ? T(0) : gradient;
+    }
+    if (p.gate == Gate::head) {
+      for (int64_t i = n - 1; i >= 0; --i) sums.head[0] += dg[i];
+      return;
+    }
+    if (p.decay != Decay::given) through_decay(p, s, task, start, n, sums);
+    for (int64_t i = 0; i < n; ++i) static_cast<T*>(a.dg.data)[s.offset(a.dg, start + i, partial(a, task))] = dg[i];
+  }
+
+  // What is left: through norms, erase, write and beta to what the caller gave. `products` before it; writes over dq,
+  // de, dk and du.
   void store(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t start, int64_t n,
              const Chunk<T>& chunk, T* dq, T* de, T* dk, T* du) {
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t t = start + i;
-      of_query(a, s, task, t, chunk.q_inverse[i], dq + i * chunk.Kp);
-      T dbeta = of_key(a, s, task, t, chunk.beta[i], chunk.k_inverse[i], chunk.k + i * chunk.Kp, de + i * chunk.Kp,
-                       dk + i * chunk.Kp);
-      dbeta += of_value(a, s, task, t, chunk.beta[i], du + i * chunk.ld);
-      if (a.dbeta.data)
-        static_cast<T*>(a.dbeta.data)[s.offset(a.dbeta, t, partial(a, task))] = dbeta * beta_slope(a.p, chunk.beta[i]);
+      const int64_t t = start + i, at = i * chunk.Kp;
+      of_query(a, s, task, t, chunk.q_inverse[i], q_dq[i], chunk.q + at, dq + at);
+      of_key(a, s, task, t, chunk.beta[i], chunk.k_inverse[i], k_dk[i] - chunk.beta[i] * k_de[i], chunk.k + at, de + at,
+             dk + at);
+      of_value(a, s, task, t, chunk.beta[i], du + i * chunk.ld);
     }
+    if (!a.dbeta.data) return;
+    for (int64_t i = 0; i < n; ++i)
+      static_cast<T*>(a.dbeta.data)[s.offset(a.dbeta, start + i, partial(a, task))] =
+          (v_du[i] - k_de[i]) * beta_slope(a.p, chunk.beta[i]);
   }
 
  private:
   static constexpr int L = kLanes<T>;
+  T *row, *other, *parts[4], *q_dq, *k_de, *k_dk, *v_du, *dg, *given;
 
   static int64_t width(const Problem& p, int64_t columns) { return padded<T>(p.K > columns ? p.K : columns); }
   static int64_t partial(const BackwardArgs& a, const Task& task) { return task.tile * a.p.HV + task.head; }
 
-  void of_query(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t t, T inverse, T* dq) {
-    const Problem& p = a.p;
-    const int64_t Kp = padded<T>(p.K);
-    scale_row(dq, Kp, T(p.scale));
-    if (p.l2norm) {
-      load_row(p.q, s.offset(p.q, t, task.key_head), p.K, inverse, row);
-      normalized_backward(Kp, inverse, row, dq);
+  void store_part(int which, int64_t i, Vec<T> sum) { fastweights::FW_LEVEL::store(parts[which] + i * L, sum); }
+
+  void through_decay(const Problem& p, const Sequence& s, const Task& task, int64_t start, int64_t n,
+                     GateSums<T>& sums) {
+    const GateOf<T> gate = GateOf<T>::of(p, task.head);
+    for (int64_t i = 0; i < padded<T>(n); ++i) {
+      given[i] = i < n ? static_cast<const T*>(p.g.data)[s.offset(p.g, start + i, task.head)] : T(0);
+      if (i >= n) dg[i] = T(0);
     }
+    Vec<T> to_A_log = zero<T>(), to_bias = zero<T>();
+    for (int64_t i = 0; i < n; i += L) {
+      Vec<T> gradient = load(dg + i);
+      to_A_log += gate.backward(load(given + i), 0, 1, gradient);
+      to_bias += gradient;
+      fastweights::FW_LEVEL::store(dg + i, gradient);
+    }
+    sums.A_log[0] += reduce_add<T>(to_A_log);
+    sums.bias[0] += reduce_add<T>(to_bias);
+  }
+
+  // y is x through the norm, perhaps with a scale; along = y . dy.
+  void of_query(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t t, T inverse, T along, const T* q,
+                T* dq) {
+    const Problem& p = a.p;
+    const T scale = T(p.scale);
+    scale_row(dq, padded<T>(p.K), scale * inverse);
+    // q is scale times a row of length one.
+    if (p.l2norm && scale != T(0)) subtract(padded<T>(p.K), inverse * along / scale, q, dq);
     store_row(a.dq, s.offset(a.dq, t, partial(a, task)), p.K, dq);
   }
 
   // e = -beta (erase * k).
-  T of_key(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t t, T beta, T inverse, const T* k, T* de,
-           T* dk) {
+  void of_key(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t t, T beta, T inverse, T along,
+              const T* k, T* de, T* dk) {
     const Problem& p = a.p;
     const int64_t Kp = padded<T>(p.K);
-    const Vec<T> minus_beta = set1(-beta);
-    Vec<T> sum = zero<T>();
     if (p.erase.data) {
       load_row(p.erase, s.offset(p.erase, t, task.head), p.K, T(1), row);
       for (int64_t j = 0; j < Kp; j += L) {
-        const Vec<T> gradient = load(de + j), through = load(row + j) * gradient;
-        sum = fma(through, load(k + j), sum);
-        fastweights::FW_LEVEL::store(dk + j, fma(minus_beta, through, load(dk + j)));
-        fastweights::FW_LEVEL::store(de + j, minus_beta * load(k + j) * gradient);
+        const Vec<T> gradient = load(de + j) * set1(-beta);
+        fastweights::FW_LEVEL::store(dk + j, fma(gradient, load(row + j), load(dk + j)));
+        fastweights::FW_LEVEL::store(de + j, gradient * load(k + j));
       }
       store_row(a.derase, s.offset(a.derase, t, partial(a, task)), p.K, de);
     } else {
-      for (int64_t j = 0; j < Kp; j += L) {
-        sum = fma(load(de + j), load(k + j), sum);
-        fastweights::FW_LEVEL::store(dk + j, fma(minus_beta, load(de + j), load(dk + j)));
-      }
+      subtract(Kp, beta, de, dk);
     }
-    if (p.l2norm) normalized_backward(Kp, inverse, k, dk);
+    if (p.l2norm) {
+      subtract(Kp, along, k, dk);
+      scale_row(dk, Kp, inverse);
+    }
     store_row(a.dk, s.offset(a.dk, t, partial(a, task)), p.K, dk);
-    return -reduce_add<T>(sum);
   }
 
   // u = beta (write * v).
-  T of_value(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t t, T beta, T* du) {
+  void of_value(const BackwardArgs& a, const Sequence& s, const Task& task, int64_t t, T beta, T* du) {
     const Problem& p = a.p;
-    Vec<T> sum = zero<T>();
-    load_row(p.v, s.offset(p.v, t, task.head) + task.column, task.width, T(1), row);
+    scale_row(du, task.width, beta);
     if (p.write.data) {
+      load_row(p.v, s.offset(p.v, t, task.head) + task.column, task.width, T(1), row);
       load_row(p.write, s.offset(p.write, t, task.head) + task.column, task.width, T(1), other);
       for (int64_t j = 0; j < task.width; j += L) {
-        const Vec<T> gradient = load(du + j) * load(row + j);
-        sum = fma(gradient, load(other + j), sum);
-        fastweights::FW_LEVEL::store(du + j, load(du + j) * load(other + j) * set1(beta));
-        fastweights::FW_LEVEL::store(row + j, gradient * set1(beta));
+        const Vec<T> gradient = load(du + j);
+        fastweights::FW_LEVEL::store(du + j, gradient * load(other + j));
+        fastweights::FW_LEVEL::store(row + j, gradient * load(row + j));
       }
       store_row(a.dwrite, s.offset(a.dwrite, t, task.head) + task.column, task.width, row);
-    } else {
-      for (int64_t j = 0; j < task.width; j += L) sum = fma(load(du + j), load(row + j), sum);
-      scale_row(du, task.width, beta);
     }
     store_row(a.dv, s.offset(a.dv, t, task.head) + task.column, task.width, du);
-    return reduce_add<T>(sum);
+  }
+
+  // y -= factor x
+  static void subtract(int64_t n, T factor, const T* x, T* y) {
+    for (int64_t j = 0; j < n; j += L)
+      fastweights::FW_LEVEL::store(y + j, fma(set1(-factor), load(x + j), load(y + j)));
   }
 };
 

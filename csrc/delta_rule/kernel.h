@@ -32,7 +32,8 @@ struct ForwardArgs {
   // Null, or the state before every kSegment tokens, [slots, HV, K, V]: sequence n, whose first token is number t0 of
   // all tokens, has its own from slot t0 / kSegment + n on.
   void* states;
-  bool only_states;
+  Rows corrections;  // d of every token, in the type of the arithmetic; null: not wanted
+  bool only_states;  // o is not wanted
 };
 
 // dq, dk, dbeta, dg and derase have a head per tile and value head: tile * HV + h; the last three are in the type of
@@ -43,6 +44,7 @@ struct BackwardArgs {
   Rows grad_o;
   States grad_final, grad_initial;
   const void* states;
+  Rows corrections;
   Rows dq, dk, dv, dbeta, dg, derase, dwrite;
   void *dA_log, *dbias;
 };

@@ -53,7 +53,7 @@ void check_gate_parameters(const char* op, const Arguments& given, Inputs& in, c
     check_floating(op, "A_log", *given.A_log);
     check_cpu(op, "A_log", *given.A_log);
     check_shape(op, "A_log", *given.A_log, {p.HV}, "[HV]", "v");
-    in.A_log = torch::stable::contiguous(torch::stable::to(*given.A_log, arithmetic));
+    in.A_log = with_contiguous_last(in_dtype(*given.A_log, arithmetic));
     p.A_log = in.A_log->data_ptr();
   }
   if (given.dt_bias) {
@@ -64,7 +64,7 @@ void check_gate_parameters(const char* op, const Arguments& given, Inputs& in, c
     } else {
       check_shape(op, "dt_bias", *given.dt_bias, {p.HV}, "[HV]", "v");
     }
-    in.dt_bias = torch::stable::contiguous(torch::stable::to(*given.dt_bias, arithmetic));
+    in.dt_bias = torch::stable::contiguous(in_dtype(*given.dt_bias, arithmetic));
     p.bias = in.dt_bias->data_ptr();
   }
 }
@@ -107,7 +107,7 @@ Inputs check_inputs(const char* op, const Arguments& given, const Options& optio
   if (beta) {
     check_floating(op, "beta", *beta);
     per_token.check("beta", *beta, HV, -1, "HV", "q and v");
-    in.beta = torch::stable::to(*beta, arithmetic);
+    in.beta = in_dtype(*beta, arithmetic);
     p.beta = per_token.rows(*in.beta);
   } else {
     fastweights::check(options.beta_range == 0, op, "expected beta with a sigmoid, got None");
@@ -140,6 +140,11 @@ void lay_out_sequences(const char* op, Inputs& in, bool state_v_first, const std
   p.initial = states_of(in.initial_state, std::nullopt, state_v_first);
 }
 
+Tensor new_corrections(const Inputs& in) {
+  const Problem& p = in.problem;
+  return in_huge_pages(torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V}, state_dtype(in.q.scalar_type())));
+}
+
 void run_forward(const ForwardArgs& args) {
   const Problem& p = args.p;
   parallel_tasks(p.sequences * p.tiles * p.HV,
@@ -147,14 +152,12 @@ void run_forward(const ForwardArgs& args) {
                  [&](int64_t begin, int64_t end) { FW_KERNEL(forward)(args, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const OptionalTensor& beta, const OptionalTensor& g,
-                                              const OptionalTensor& erase, const OptionalTensor& write,
-                                              const OptionalTensor& A_log, const OptionalTensor& dt_bias,
-                                              const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                              double scale, bool qk_l2norm, std::optional<double> lower_bound,
-                                              double beta_range, bool output_final_state, bool state_v_first,
-                                              bool keep_states, const std::string& form) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_rule(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& beta, const OptionalTensor& g,
+    const OptionalTensor& erase, const OptionalTensor& write, const OptionalTensor& A_log,
+    const OptionalTensor& dt_bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale,
+    bool qk_l2norm, std::optional<double> lower_bound, double beta_range, bool output_final_state, bool state_v_first,
+    bool keep_states, const std::string& form) {
   Inputs in =
       check_inputs("delta_rule", {false, q, k, v, beta, g, erase, write, A_log, dt_bias, initial_state, cu_seqlens},
                    {scale, qk_l2norm, lower_bound, beta_range});
@@ -165,14 +168,18 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   Tensor o = in_huge_pages(torch::stable::new_empty(in.q, {in.B, p.T, p.HV, p.V}));
   Tensor final_state = output_final_state ? new_state(in.q, p, state_v_first) : none_like(in.q);
   Tensor states = keep_states ? new_kept_states(in.q, p) : none_like(in.q);
+  Tensor corrections = keep_states ? new_corrections(in) : none_like(in.q);
 
   ForwardArgs args{};
   args.p = p;
   args.o = rows_of(o);
   if (output_final_state) args.final = states_of(final_state, std::nullopt, state_v_first);
-  args.states = keep_states ? states.data_ptr() : nullptr;
+  if (keep_states) {
+    args.states = states.data_ptr();
+    args.corrections = rows_of(corrections);
+  }
   run_forward(args);
-  return {o, final_state, states};
+  return {o, final_state, states, corrections};
 }
 
 Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& beta,
@@ -202,11 +209,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor? erase, Tensor? write, Tensor? A_log, "
       "Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, *, float scale, bool qk_l2norm, "
       "float? lower_bound, float beta_range, bool output_final_state, bool state_v_first, bool keep_states, str form) "
-      "-> (Tensor o, Tensor final_state, Tensor states)");
+      "-> (Tensor o, Tensor final_state, Tensor states, Tensor corrections)");
   m.def(
       "delta_rule_backward(Tensor grad_o, Tensor? grad_state, Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, "
       "Tensor? erase, Tensor? write, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, "
-      "Tensor states, *, float scale, bool qk_l2norm, float? lower_bound, float beta_range, bool state_v_first) -> "
+      "Tensor states, Tensor corrections, *, float scale, bool qk_l2norm, float? lower_bound, float beta_range, "
+      "bool state_v_first) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dg, Tensor derase, Tensor dwrite, Tensor dA_log, "
       "Tensor ddt_bias, Tensor dinitial_state)");
   m.def(

@@ -39,6 +39,9 @@ Inputs check_inputs(const char* op, const Arguments& given, const Options& optio
 // What only sequences have: a form and an initial state.
 void lay_out_sequences(const char* op, Inputs& in, bool state_v_first, const std::string& form);
 
+// The correction of every token, which a forward keeps for the backward.
+Tensor new_corrections(const Inputs& in);
+
 void run_forward(const ForwardArgs& args);
 
 }  // namespace fastweights::delta_rule

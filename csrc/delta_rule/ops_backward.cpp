@@ -11,16 +11,30 @@ namespace {
 // the shape alone: this many tasks, whatever the number of threads.
 constexpr int64_t kTasks = 4;
 
-// The state before every segment, as the forward keeps it.
-Tensor kept_states(const Inputs& in) {
-  Tensor states = new_kept_states(in.q, in.problem);
+// The state before every segment and the correction of every token, as the forward keeps them.
+struct Kept {
+  Tensor states, corrections;
+};
+
+Kept keep_again(const Inputs& in) {
+  Kept kept{new_kept_states(in.q, in.problem), new_corrections(in)};
   ForwardArgs args{};
   args.p = in.problem;
-  args.states = states.data_ptr();
+  args.states = kept.states.data_ptr();
+  args.corrections = rows_of(kept.corrections);
   args.only_states = true;
   split_columns(args.p, torch::stable::get_num_threads());
   run_forward(args);
-  return states;
+  return kept;
+}
+
+Kept check_kept(const char* op, const Inputs& in, const Tensor& states, const Tensor& corrections) {
+  const Problem& p = in.problem;
+  check_kept_states(op, states, in.q, p);
+  check_cpu(op, "corrections", corrections);
+  check_shape(op, "corrections", corrections, {in.B, p.T, p.HV, p.V}, "[B, T, HV, V]", "v");
+  check_dtype(op, "corrections", corrections, state_dtype(in.q.scalar_type()), "");
+  return {states, with_contiguous_last(corrections)};
 }
 
 Tensor as(const Tensor& t, const OptionalTensor& like) {
@@ -33,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& grad_o, const OptionalTensor& grad_state, const Tensor& q, const Tensor& k, const Tensor& v,
     const OptionalTensor& beta, const OptionalTensor& g, const OptionalTensor& erase, const OptionalTensor& write,
     const OptionalTensor& A_log, const OptionalTensor& dt_bias, const OptionalTensor& initial_state,
-    const OptionalTensor& cu_seqlens, const Tensor& states, double scale, bool qk_l2norm,
+    const OptionalTensor& cu_seqlens, const Tensor& states, const Tensor& corrections, double scale, bool qk_l2norm,
     std::optional<double> lower_bound, double beta_range, bool state_v_first) {
   const char* op = "delta_rule_backward";
   Inputs in = check_inputs(op, {false, q, k, v, beta, g, erase, write, A_log, dt_bias, initial_state, cu_seqlens},
@@ -45,8 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_cpu(op, "grad_o", grad_o);
   check_state(op, "grad_state", grad_state, p, q, state_v_first);
   check_cpu(op, "states", states);
-  if (states.numel() != 0) check_kept_states(op, states, q, p);
-  const Tensor kept = states.numel() == 0 ? kept_states(in) : states;
+  const Kept kept = states.numel() == 0 ? keep_again(in) : check_kept(op, in, states, corrections);
   split_columns(p, kTasks);
 
   const ScalarType wide = state_dtype(q.scalar_type());
@@ -99,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
   args.grad_o = rows_of(grad_rows);
   args.grad_final = states_of(grad_state, std::nullopt, state_v_first);
-  args.states = kept.data_ptr();
+  args.states = kept.states.data_ptr();
+  args.corrections = rows_of(kept.corrections);
   args.dq = rows_of(dq), args.dk = rows_of(dk), args.dv = rows_of(dv);
   args.p = p;
   parallel_tasks(p.sequences * heads, (tokens_per_sequence(p) + 1) * 14 * double(p.K) * double(p.tile_width + 1),

@@ -7,40 +7,49 @@
 
 namespace fastweights::delta_rule::FW_LEVEL {
 
-// d += S^T e, o += S^T q for R rows of S, in one sweep: d and o are read once for R rows.
-template <typename T, int R>
-FW_INLINE void read_rows(int64_t columns, const T* S, int64_t ld, const T* e, const T* q, T* d, T* o) {
+// One token: S <- diag(a) S + k d^T and o = S^T q, where on entry d = u and e and q already have the decay a in them;
+// kq = k . q without it. a_step 0: one decay for all rows. NV vectors of columns, whose d and o stay in registers.
+template <typename T, int NV>
+FW_INLINE void advance_strip(int64_t K, T* S, int64_t ld, const T* q, const T* k, const T* e, const T* a,
+                             int64_t a_step, T kq, T* d, T* o) {
   constexpr int L = kLanes<T>;
-  Vec<T> er[R], qr[R];
+  Vec<T> correction[NV], out[NV];
   FW_UNROLL
-  for (int r = 0; r < R; ++r) er[r] = set1(e[r]), qr[r] = set1(q[r]);
-  for (int64_t j = 0; j < columns; j += L) {
-    Vec<T> correction = load(d + j), out = load(o + j);
+  for (int j = 0; j < NV; ++j) correction[j] = load(d + j * L), out[j] = zero<T>();
+  for (int64_t i = 0; i < K; ++i) {
+    const Vec<T> erase = set1(e[i]), query = set1(q[i]);
     FW_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> s = load(S + r * ld + j);
-      correction = fma(er[r], s, correction);
-      out = fma(qr[r], s, out);
+    for (int j = 0; j < NV; ++j) {
+      const Vec<T> s = load(S + i * ld + j * L);
+      correction[j] = fma(erase, s, correction[j]);
+      out[j] = fma(query, s, out[j]);
     }
-    store(d + j, correction);
-    store(o + j, out);
+  }
+  FW_UNROLL
+  for (int j = 0; j < NV; ++j) {
+    store(d + j * L, correction[j]);
+    store(o + j * L, fma(set1(kq), correction[j], out[j]));
+  }
+  for (int64_t i = 0; i < K; ++i) {
+    const Vec<T> key = set1(k[i]), decay = set1(a[i * a_step]);
+    FW_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      T* s = S + i * ld + j * L;
+      store(s, fma(key, correction[j], load(s) * decay));
+    }
   }
 }
 
-// One token: S <- diag(a) S + k d^T and o = S^T q, where on entry d = u and e and q already have the decay a in them;
-// kq = k . q without it. a_step 0: one decay for all rows. columns is a multiple of the lane count.
-template <typename T>
+// The strips are as wide as registers allow: narrow ones waste the memory's bursts. columns is a multiple of the lane
+// count.
+template <typename T, int NV = 2 * kTileVectors>
 FW_INLINE void advance(int64_t K, int64_t columns, T* S, int64_t ld, const T* q, const T* k, const T* e, const T* a,
                        int64_t a_step, T kq, T* d, T* o) {
-  constexpr int L = kLanes<T>, R = 4;
-  for (int64_t j = 0; j < columns; j += L) store(o + j, zero<T>());
-  int64_t i = 0;
-  for (; i + R <= K; i += R) read_rows<T, R>(columns, S + i * ld, ld, e + i, q + i, d, o);
-  for (; i < K; ++i) read_rows<T, 1>(columns, S + i * ld, ld, e + i, q + i, d, o);
-  for (int64_t j = 0; j < columns; j += L) store(o + j, fma(set1(kq), load(d + j), load(o + j)));
-  for (i = 0; i < K; ++i) {
-    const Vec<T> key = set1(k[i]), decay = set1(a[i * a_step]);
-    for (int64_t j = 0; j < columns; j += L) store(S + i * ld + j, fma(key, load(d + j), load(S + i * ld + j) * decay));
+  constexpr int64_t width = NV * kLanes<T>;
+  int64_t j = 0;
+  for (; j + width <= columns; j += width) advance_strip<T, NV>(K, S + j, ld, q, k, e, a, a_step, kq, d + j, o + j);
+  if constexpr (NV > 1) {
+    if (j < columns) advance<T, NV / 2>(K, columns - j, S + j, ld, q, k, e, a, a_step, kq, d + j, o + j);
   }
 }
 

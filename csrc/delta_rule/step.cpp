@@ -2,7 +2,6 @@
 
 namespace fastweights::delta_rule::FW_LEVEL {
 
-// The rows of S are swept whole: narrower strips waste the memory's bursts.
 template <typename T>
 static void step_tasks(const StepArgs& a, int64_t begin, int64_t end) {
   const Problem& p = a.p;

@@ -14,6 +14,9 @@ FW_INLINE void scale_row(T* x, int64_t n, T factor) {
   for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, load(x + j) * set1(factor));
 }
 
+template <typename T>
+constexpr T kNormEps = T(1e-6);
+
 // A row of q or k, divided by its norm if asked; returns the inverse of the norm, 1 without it.
 template <typename T>
 FW_INLINE T load_normalized(const Problem& p, const Rows& r, int64_t offset, T factor, T* out) {
@@ -23,7 +26,7 @@ FW_INLINE T load_normalized(const Problem& p, const Rows& r, int64_t offset, T f
     return T(1);
   }
   load_row(r, offset, p.K, T(1), out);
-  const T inverse = T(1) / T(__builtin_sqrt(dot(out, out, Kp) + T(1e-6)));
+  const T inverse = reciprocal_root(dot(out, out, Kp) + kNormEps<T>);
   scale_row(out, Kp, inverse * factor);
   return inverse;
 }
@@ -36,10 +39,13 @@ FW_INLINE void normalized_backward(int64_t Kp, T inverse, const T* y, T* dy) {
 }
 
 template <typename T>
+FW_INLINE Vec<T> beta_of(const Problem& p, Vec<T> given) {
+  return p.beta_range == 0 ? given : set1(T(p.beta_range)) * sigmoid(given);
+}
+
+template <typename T>
 FW_INLINE T load_beta(const Problem& p, int64_t offset) {
-  if (!p.beta.data) return T(1);
-  const T x = static_cast<const T*>(p.beta.data)[offset];
-  return p.beta_range == 0 ? x : T(p.beta_range) * sigmoid(set1(x))[0];
+  return p.beta.data ? beta_of<T>(p, set1(static_cast<const T*>(p.beta.data)[offset]))[0] : T(1);
 }
 
 // d beta / d (what was given), of beta.
@@ -116,21 +122,26 @@ struct GateOf {
 
 // exp g of token i: [padded(K)] with a gate per channel, one number otherwise.
 template <typename T>
+FW_INLINE void load_channel_decay(const Problem& p, const GateOf<T>& gate, const T* g, T* out) {
+  constexpr int L = kLanes<T>;
+  int64_t j = 0;
+  for (; j + L <= p.K; j += L) store(out + j, exp(gate(load(g + j), j, L)));
+  if (j < p.K) store(out + j, exp(gate(load_as(g + j, p.K - j), j, p.K - j)));
+}
+
+template <typename T>
 FW_INLINE void load_decay(const Problem& p, const Sequence& s, int64_t i, int64_t head, T* out) {
   if (p.gate == Gate::none) {
     out[0] = T(1);
     return;
   }
-  constexpr int L = kLanes<T>;
   const GateOf<T> gate = GateOf<T>::of(p, head);
   const T* g = static_cast<const T*>(p.g.data) + s.offset(p.g, i, head);
-  if (p.gate != Gate::channel) {
+  if (p.gate == Gate::channel) {
+    load_channel_decay(p, gate, g, out);
+  } else {
     out[0] = exp(gate(set1(g[0]), 0, 1))[0];
-    return;
   }
-  int64_t j = 0;
-  for (; j + L <= p.K; j += L) store(out + j, exp(gate(load(g + j), j, L)));
-  if (j < p.K) store(out + j, exp(gate(load_as(g + j, p.K - j), j, p.K - j)));
 }
 
 }  // namespace fastweights::delta_rule::FW_LEVEL

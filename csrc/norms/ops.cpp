@@ -67,7 +67,7 @@ Inputs check_inputs(const char* op, const Tensor& x, const OptionalTensor& gate,
     check_cpu(op, "weight", *weight);
     check_floating(op, "weight", *weight);
     check_shape(op, "weight", *weight, {D}, "[D]", "x");
-    in.weight = torch::stable::contiguous(torch::stable::to(*weight, state_dtype(x.scalar_type())));
+    in.weight = with_contiguous_last(in_dtype(*weight, state_dtype(x.scalar_type())));
   }
   p.rows = 1;
   for (int64_t i = 0; i < dims; ++i) p.rows *= x.size(i);

@@ -31,13 +31,4 @@ FW_INLINE V activated(V gate) {
   return kGate == Gate::silu ? silu(gate) : sigmoid(gate);
 }
 
-template <typename T>
-FW_INLINE T reciprocal_root(T x) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return 1 / __builtin_sqrt(x);
-  } else {
-    return 1 / __builtin_sqrtf(x);
-  }
-}
-
 }  // namespace fastweights::norms::FW_LEVEL

@@ -24,9 +24,7 @@ static void load_row(const ActivationArgs& a, int64_t m, T* row, int64_t Kp) {
 
   Vec<T> squares = zero<T>();
   for (int64_t k = 0; k < Kp; k += L) squares = fma(load(row + k), load(row + k), squares);
-  const T mean = reduce_add<T>(squares) / T(a.K);
-  const T factor = T(1) / (sizeof(T) == 4 ? T(__builtin_sqrtf(float(mean) + a.prologue.norm_eps))
-                                          : T(__builtin_sqrt(double(mean) + double(a.prologue.norm_eps))));
+  const T factor = reciprocal_root(reduce_add<T>(squares) / T(a.K) + T(a.prologue.norm_eps));
   for (int64_t k = 0; k < a.K; ++k) row[k] *= factor * T(a.prologue.norm_weight[k]);
 }
 

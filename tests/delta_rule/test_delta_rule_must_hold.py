@@ -303,9 +303,9 @@ def test_error_at_the_size_of_real_models(level, channels):
         assert (o - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-def test_training_keeps_one_state_per_64_tokens():
+def test_training_keeps_one_state_per_64_tokens_and_the_corrections():
     q, k, v, beta = inputs(T=200, K=32, V=32)
-    _, _, states = torch.ops.fastweights.delta_rule(
+    _, _, states, corrections = torch.ops.fastweights.delta_rule(
         *(q, k, v, beta, *[None] * 7),
         scale=1.0,
         qk_l2norm=False,
@@ -317,14 +317,15 @@ def test_training_keeps_one_state_per_64_tokens():
         form="auto",
     )
     assert states.numel() <= (200 // 64 + 1) * 2 * 32 * 32
+    assert corrections.shape == v.shape
 
 
-def test_backward_without_kept_states_is_the_same():
+def test_backward_without_what_is_kept_is_the_same():
     q, k, v, beta = inputs(T=150)
     g = decay(1, 150, 2, 8)
     arguments = (q, k, v, beta, g, *[None] * 6)
     options = {"scale": 0.5, "qk_l2norm": True, "lower_bound": None, "beta_range": 0.0}
-    o, _, states = torch.ops.fastweights.delta_rule(
+    o, _, *kept = torch.ops.fastweights.delta_rule(
         *arguments,
         **options,
         output_final_state=False,
@@ -333,9 +334,10 @@ def test_backward_without_kept_states_is_the_same():
         form="auto",
     )
     backward = torch.ops.fastweights.delta_rule_backward
-    with_states = backward(o, None, *arguments, states, **options, state_v_first=False)
-    without = backward(o, None, *arguments, states[:0], **options, state_v_first=False)
-    for a, b in zip(with_states, without, strict=True):
+    given = backward(o, None, *arguments, *kept, **options, state_v_first=False)
+    empty = [x[:0] for x in kept]
+    without = backward(o, None, *arguments, *empty, **options, state_v_first=False)
+    for a, b in zip(given, without, strict=True):
         assert torch.equal(a, b)
 
 

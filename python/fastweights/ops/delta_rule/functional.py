@@ -92,8 +92,9 @@ def delta_rule(
     Elsewhere it may grow without bound, as the recurrence itself does.
 
     Time is O(B T HV K V) and memory O(B HV K V) besides inputs and outputs; when a gradient is
-    recorded, one state per 64 tokens is kept. Results are the same bits for any number of threads.
-    Gradients reach every tensor but ``cu_seqlens``, also through the final state.
+    recorded, one state per 64 tokens and d of every token are kept. Results are the same bits for
+    any number of threads. Gradients reach every tensor but ``cu_seqlens``, also through the final
+    state.
 
     Example:
         >>> q, k = torch.randn(1, 128, 4, 32), torch.randn(1, 128, 4, 32)
@@ -129,7 +130,7 @@ def delta_rule(
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in tensors
     )
-    o, state, _ = torch.ops.fastweights.delta_rule(
+    o, state, *_ = torch.ops.fastweights.delta_rule(
         *tensors,
         cu_seqlens,
         scale=_common.default_scale(q, scale),
@@ -250,7 +251,7 @@ def _fake(
     state_v_first: bool,
     keep_states: bool,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, _, K = q.shape
     HV, V = v.shape[2], v.shape[3]
     N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -261,6 +262,7 @@ def _fake(
         q.new_empty(v.shape),
         q.new_empty(state_shape if output_final_state else (0,), dtype=dtype),
         q.new_empty((slots, HV, K, V) if keep_states else (0,), dtype=dtype),
+        q.new_empty(v.shape if keep_states else (0,), dtype=dtype),
     )
 
 
@@ -285,23 +287,24 @@ def _setup_context(
     output: tuple[Tensor, ...],
 ) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
     names = ("scale", "qk_l2norm", "lower_bound", "beta_range", "state_v_first")
     ctx.options = {name: keyword_only_inputs[name] for name in names}
     ctx.returns_state = keyword_only_inputs["output_final_state"]
-    ctx.save_for_backward(*inputs, output[2])
+    ctx.save_for_backward(*inputs, *output[2:])
 
 
 def _backward(
-    ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None, _: None
+    ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, states = ctx.saved_tensors
+    *inputs, states, corrections = ctx.saved_tensors
     v = inputs[2]
     grads = torch.ops.fastweights.delta_rule_backward(
         v.new_zeros(v.shape) if grad_o is None else grad_o,
         grad_state if ctx.returns_state else None,
         *inputs,
         states,
+        corrections,
         **ctx.options,
     )
     return (

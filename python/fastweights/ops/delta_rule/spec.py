@@ -12,6 +12,7 @@ from fastweights.ops.delta_rule import reference
 from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
 from fastweights.testing.bad_recurrences import bad_recurrence_inputs
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
+from fastweights.testing.peers import delta_rule as peers
 
 _GATES = {"none": (), "head": ("HV",), "token": ("B", "T", "HV"), "channel": ("B", "T", "HV", "K")}
 
@@ -357,16 +358,16 @@ def _bench(kind: str, T: int, D: int) -> BenchCase:
     )
 
 
-def _step_bench(B: int, D: int) -> BenchCase:
+def _step_bench(kind: str, B: int, D: int) -> BenchCase:
     def make(dtype: torch.dtype) -> Sample:
         draw = _Draw(dtype, B=B, T=1, H=8, HV=8, K=D, V=D)
         q, k, v = (x[:, 0] for x in draw.qkv())
-        beta, g = draw.beta()[:, 0], draw.gate("token")[:, 0]
+        beta, g = draw.beta()[:, 0], draw.gate(kind)[:, 0]
         return sample(q, k, v, beta=beta, g=g, state=torch.zeros(B, 8, D, D), qk_l2norm=True)
 
     rows = 8 * B
     return BenchCase(
-        name=f"B{B} H8 D{D} gate token",
+        name=f"B{B} H8 D{D} gate {kind}",
         make=make,
         flops=rows * 7.0 * D * D,
         bytes=rows * 8.0 * D * D,
@@ -405,6 +406,7 @@ SPECS = [
             *(_bench(kind, 2048, 128) for kind in ("none", "token", "channel")),
             *(_bench(kind, 4096, 64) for kind in ("token", "channel")),
         ),
+        peers=(peers.GATED, peers.KDA),
     ),
     OpSpec(
         name="delta_rule_step",
@@ -415,7 +417,12 @@ SPECS = [
         tolerances=_TOLERANCES,
         mutates=("state",),
         bad_inputs=_BAD_STEPS,
-        # The second exceeds the caches, so that memory decides.
-        bench=(_step_bench(1, 128), _step_bench(512, 128)),
+        # The last exceeds the caches, so that memory decides.
+        bench=(
+            _step_bench("token", 1, 128),
+            _step_bench("channel", 1, 128),
+            _step_bench("token", 512, 128),
+        ),
+        peers=(peers.GATED_STEP, peers.KDA_STEP),
     ),
 ]
