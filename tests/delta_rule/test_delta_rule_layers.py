@@ -309,7 +309,7 @@ def test_learns_a_toy_task(name: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 2
-    assert losses[-1] < 0.5
+    assert losses[-1] < 1
 
 
 @pytest.mark.parametrize(
