@@ -129,26 +129,25 @@ struct LanesUpTo<0, I...> {
   using type = Lanes<I...>;
 };
 
-template <int H, typename V, int... I>
-FW_INLINE V add_halves(V v, Lanes<I...> all) {
-  v += __builtin_shufflevector(v, v, (I ^ H)...);
-  if constexpr (H > 1) return add_halves<H / 2>(v, all);
+// One half of the lanes with the other, until one is left: the same order at every call, whatever the compiler makes of
+// it.
+template <int H, typename V, typename F, int... I>
+FW_INLINE V fold_halves(V v, const F& f, Lanes<I...> all) {
+  v = f(v, V(__builtin_shufflevector(v, v, (I ^ H)...)));
+  if constexpr (H > 1) return fold_halves<H / 2>(v, f, all);
   return v;
 }
 
-// Pairwise over halves: the same order at every call, whatever the compiler vectorises.
 template <typename T>
 FW_INLINE T reduce_add(Vec<T> v) {
-  return add_halves<kLanes<T> / 2>(v, typename LanesUpTo<kLanes<T>>::type{})[0];
+  const auto sum = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; };
+  return fold_halves<kLanes<T> / 2>(v, sum, typename LanesUpTo<kLanes<T>>::type{})[0];
 }
 
 template <typename T>
 FW_INLINE T reduce_max(Vec<T> v) {
-  T lane[kLanes<T>];
-  store(lane, v);
-  T m = lane[0];
-  for (int i = 1; i < kLanes<T>; ++i) m = lane[i] > m ? lane[i] : m;
-  return m;
+  const auto larger = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max(a, b); };
+  return fold_halves<kLanes<T> / 2>(v, larger, typename LanesUpTo<kLanes<T>>::type{})[0];
 }
 
 // ---- bfloat16, float16 -------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 // kept as they are), in panels of rows. A row's result depends on that row alone.
 #include "core/scratch.h"
 #include "core/vmath.h"
-#include "quantization/kernel.h"
+#include "quantization/line.h"
 
 namespace fastweights::quantization::FW_LEVEL {
 
@@ -63,14 +63,14 @@ FW_INLINE float quantize_block(const T* x, int8_t* codes, int32_t* sum) {
 
 template <typename T>
 static void emit_codes(const ActivationArgs& a, const T* row, int64_t panel, int64_t r, int64_t R) {
-  const int64_t Kp = a.groups * a.group, blocks = Kp / kBlock, per_group = a.group / kBlock;
-  int8_t* codes = a.out.codes + panel * Kp;
-  float* scales = a.out.scales + panel * blocks;
-  int32_t* code_sums = a.out.code_sums + panel * blocks;
-  float* sums = static_cast<float*>(a.out.sums) + panel * a.groups;
-  for (int64_t g = 0; g < a.groups; ++g) {
+  const int64_t blocks = a.group / kBlock;
+  for (int64_t g = 0; g < a.groups; ++g, row += a.group) {
+    int8_t* codes = a.out.codes + panel_offset(a.M, a.groups, panel, g, a.group);
+    const int64_t first = panel_offset(a.M, a.groups, panel, g, blocks);
+    float* scales = a.out.scales + first;
+    int32_t* code_sums = a.out.code_sums + first;
     float group_sum = 0.0f;
-    for (int64_t b = g * per_group; b < (g + 1) * per_group; ++b) {
+    for (int64_t b = 0; b < blocks; ++b) {
       alignas(64) int8_t q[kBlock];
       int32_t sum;
       const float scale = quantize_block(row + b * kBlock, q, &sum);
@@ -79,24 +79,22 @@ static void emit_codes(const ActivationArgs& a, const T* row, int64_t panel, int
       code_sums[b * R + r] = sum;
       group_sum += scale * float(sum);
     }
-    sums[g * R + r] = group_sum;
+    static_cast<float*>(a.out.sums)[panel_offset(a.M, a.groups, panel, g, 1) + r] = group_sum;
   }
 }
 
 template <typename T>
 static void emit_values(const ActivationArgs& a, const T* row, int64_t panel, int64_t r, int64_t R) {
   constexpr int L = kLanes<T>;
-  T* values = static_cast<T*>(a.out.values) + panel * a.groups * a.group;
-  T* sums = static_cast<T*>(a.out.sums) + panel * a.groups;
   for (int64_t g = 0; g < a.groups; ++g) {
     const T* x = row + g * a.group;
-    T* out = values + g * a.group * R;
+    T* out = static_cast<T*>(a.out.values) + panel_offset(a.M, a.groups, panel, g, a.group);
     for (int64_t t = 0; t < 4; ++t) {
       for (int64_t j = 0; j < a.group / 4; ++j) out[(t * (a.group / 4) + j) * R + r] = x[4 * j + t];
     }
     Vec<T> sum = zero<T>();
     for (int64_t k = 0; k < a.group; k += L) sum += load(x + k);
-    sums[g * R + r] = reduce_add<T>(sum);
+    static_cast<T*>(a.out.sums)[panel_offset(a.M, a.groups, panel, g, 1) + r] = reduce_add<T>(sum);
   }
 }
 

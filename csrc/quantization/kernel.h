@@ -59,12 +59,13 @@ struct Prologue {
   bool gated;  // x holds 2K elements: x <- silu(x[:K]) * x[K:]
 };
 
-// Activations as the matmul kernels read them, padded with zeros to whole groups. Rows come in panels of R = kIntRows
-// (kFloatRows) rows, the last panel holding what is left; within a panel
-//   codes   int8  [Kp / 4][R][4]           codes * scales = x
-//   values  T     [groups][4][group / 4][R]  x[g * group + 4j + t] at [g][t][j]
-//   scales  float [Kp / 32][R], code_sums int32 [Kp / 32][R]: per block of 32, the scale and the sum of the codes
-//   sums    T     [groups][R]              sum of the (quantized) x over the group
+// Activations as the matmul kernels read them, padded with zeros to whole groups. Rows come in blocks of kRowBlock, a
+// block in groups along K, a group in panels of R = kIntRows (kFloatRows) rows, the last block and panel holding what
+// is left: what a strip's group meets lies together. Within a panel
+//   codes   int8  [group / 4][R][4]    codes * scales = x
+//   values  T     [4][group / 4][R]    x[g * group + 4j + t] at [t][j]
+//   scales  float [group / 32][R], code_sums int32 [group / 32][R]: per block of 32, the scale and the sum of the codes
+//   sums    T     [R]                  sum of the (quantized) x over the group
 struct Activations {
   bool quantized;  // codes and scales, else values
   int8_t* codes;

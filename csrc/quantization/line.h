@@ -50,6 +50,13 @@ FW_INLINE void keep_in_register([[maybe_unused]] V& acc) {
 #endif
 }
 
+// Where group g of a panel begins among the activations of M rows, for `each` numbers per row and group; the panel goes
+// by its first row.
+FW_INLINE int64_t panel_offset(int64_t M, int64_t groups, int64_t panel, int64_t g, int64_t each) {
+  const int64_t block = panel / kRowBlock * kRowBlock, rows = M - block < kRowBlock ? M - block : kRowBlock;
+  return (block * groups + g * rows + panel - block) * each;
+}
+
 struct Parameters {
   Vec<float> scale[kParts], minimum[kParts];
 };

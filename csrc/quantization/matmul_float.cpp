@@ -123,8 +123,8 @@ FW_INLINE void panel_rows(const MatmulArgs& a, const T* codes, const Numbers<T>&
   if constexpr (R > 0) {
     if (rows != R) return panel_rows<F, T, R - 1>(a, codes, p, row, g, rows, sums);
     const Weight& w = a.weight;
-    const T* x = static_cast<const T*>(a.x.values) + row * w.groups * w.group + g * w.group * R;
-    const T* x_sums = static_cast<const T*>(a.x.sums) + row * w.groups + g * R;
+    const T* x = static_cast<const T*>(a.x.values) + panel_offset(a.M, w.groups, row, g, w.group);
+    const T* x_sums = static_cast<const T*>(a.x.sums) + panel_offset(a.M, w.groups, row, g, 1);
     group_tile<F, T, R>(codes, p, w.group / 4, x, x_sums, sums);
   }
 }
