@@ -1,6 +1,7 @@
 // y = x W^T with x as it is. Within a group four sums run over the codes, one per byte of the words (inputs k with the
 // same k mod 4), each in the order of k; scale and minimum come in once per group. The order is the same for one row
 // and for many, so a row's result is the same bits for any number of rows, tile and thread count.
+#include "core/gemm.h"
 #include "core/scratch.h"
 #include "quantization/epilogue.h"
 
@@ -43,42 +44,46 @@ static void numbers(const uint8_t* parameters, Numbers<T>* out) {
   }
 }
 
-// sums[R][16] += one group of one strip times one panel of R rows.
-template <Format F, typename T, int R>
-static void group_tile(const T* codes, const Numbers<T>& p, int64_t quarter, const T* x, const T* x_sums, T* sums) {
-  constexpr int L = kLanes<T>, C = kColumns<T>;
+// Strips that many rows meet at once: as many as fill the registers with sums.
+template <typename T>
+constexpr int kStripsAtOnce = kTileVectors > kColumns<T> ? kTileVectors / kColumns<T> : 1;
+
+// sums += one group of S strips times one panel of R rows; strip s has its codes at s * 16 * group and its sums
+// [rows][16] at s * kRowBlock * 16.
+template <Format F, typename T, int R, int S>
+static __attribute__((noinline)) void group_tile(const T* codes, const Numbers<T>* p, int64_t quarter, const T* x,
+                                                 const T* x_sums, T* sums) {
+  constexpr int L = kLanes<T>, C = kColumns<T>, V = S * C;
+  const int64_t strip = 4 * quarter * kStrip;
+  const auto at = [&](int i, int r)
+                      __attribute__((always_inline)) { return sums + (i / C * kRowBlock + r) * kStrip + i % C * L; };
+#pragma GCC unroll 1
   for (int t = 0; t < 4; ++t) {
-    Vec<T> acc[R][C] = {};
+    Vec<T> acc[R][V] = {};
     for (int64_t j = 0; j < quarter; ++j, codes += kStrip, x += R) {
-      Vec<T> c[C];
+      Vec<T> c[V];
       FW_UNROLL
-      for (int i = 0; i < C; ++i) c[i] = load(codes + i * L);
+      for (int i = 0; i < V; ++i) c[i] = load(codes + i / C * strip + i % C * L);
       FW_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec<T> xr = set1(x[r]);
         FW_UNROLL
-        for (int i = 0; i < C; ++i) acc[r][i] = fma(xr, c[i], acc[r][i]);
+        for (int i = 0; i < V; ++i) acc[r][i] = fma(xr, c[i], acc[r][i]);
       }
     }
     const Vec<T> unit = set1(T(code_unit<F>(t)));
     FW_UNROLL
-    for (int i = 0; i < C; ++i) {
-      const Vec<T> scale = load(p.scale + i * L) * unit;
+    for (int i = 0; i < V; ++i) {
+      const Vec<T> scale = load(p[i / C].scale + i % C * L) * unit;
       FW_UNROLL
-      for (int r = 0; r < R; ++r) {
-        T* s = sums + r * kStrip + i * L;
-        store(s, fma(scale, acc[r][i], load(s)));
-      }
+      for (int r = 0; r < R; ++r) store(at(i, r), fma(scale, acc[r][i], load(at(i, r))));
     }
   }
   FW_UNROLL
   for (int r = 0; r < R; ++r) {
     const Vec<T> x_sum = set1(x_sums[r]);
     FW_UNROLL
-    for (int i = 0; i < C; ++i) {
-      T* s = sums + r * kStrip + i * L;
-      store(s, fma(load(p.minimum + i * L), x_sum, load(s)));
-    }
+    for (int i = 0; i < V; ++i) store(at(i, r), fma(load(p[i / C].minimum + i % C * L), x_sum, load(at(i, r))));
   }
 }
 
@@ -117,49 +122,70 @@ static void group_row(const uint8_t* lines, const Parameters& p, int64_t quarter
   }
 }
 
-template <Format F, typename T, int R>
-FW_INLINE void panel_rows(const MatmulArgs& a, const T* codes, const Numbers<T>& p, int64_t row, int64_t g,
+template <Format F, typename T, int S, int R>
+FW_INLINE void panel_rows(const MatmulArgs& a, const T* codes, const Numbers<T>* p, int64_t row, int64_t g,
                           int64_t rows, T* sums) {
   if constexpr (R > 0) {
-    if (rows != R) return panel_rows<F, T, R - 1>(a, codes, p, row, g, rows, sums);
+    if (rows != R) return panel_rows<F, T, S, R - 1>(a, codes, p, row, g, rows, sums);
     const Weight& w = a.weight;
     const T* x = static_cast<const T*>(a.x.values) + panel_offset(a.M, w.groups, row, g, w.group);
     const T* x_sums = static_cast<const T*>(a.x.sums) + panel_offset(a.M, w.groups, row, g, 1);
-    group_tile<F, T, R>(codes, p, w.group / 4, x, x_sums, sums);
+    group_tile<F, T, R, S>(codes, p, w.group / 4, x, x_sums, sums);
   }
+}
+
+// S strips from `strip` on times the rows [row, row + rows).
+template <Format F, typename T, int S>
+static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t strip, T* sums, T* codes) {
+  const Weight& w = a.weight;
+  Numbers<T> p[S];
+  const uint8_t* lines = w.packed + strip * w.strip_bytes;
+  for (int64_t g = 0; g < w.groups; ++g, lines += w.group_bytes) {
+    for (int s = 0; s < S; ++s) {
+      const uint8_t* of_strip = lines + s * w.strip_bytes;
+      numbers(of_strip + w.group_bytes - kLine, &p[s]);
+      unpack_group<F, T>(of_strip, w.group, codes + s * w.group * kStrip);
+    }
+    for (int64_t m = 0; m < rows; m += kFloatRows) {
+      const int64_t R = rows - m < kFloatRows ? rows - m : kFloatRows;
+      panel_rows<F, T, S, int(kFloatRows)>(a, codes, p, row + m, g, R, sums + m * kStrip);
+    }
+  }
+}
+
+template <Format F>
+static void run_row(const MatmulArgs& a, int64_t strip, float* sums) {
+  const Weight& w = a.weight;
+  const uint8_t* lines = w.packed + strip * w.strip_bytes;
+  for (int64_t g = 0; g < w.groups; ++g, lines += w.group_bytes)
+    group_row<F>(lines, load_parameters(lines + w.group_bytes - kLine), w.group / 4,
+                 static_cast<const float*>(a.x.values) + g * w.group, static_cast<const float*>(a.x.sums)[g], sums);
 }
 
 template <Format F, typename T>
 static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
+  constexpr int S = kStripsAtOnce<T>;
   const Weight& w = a.weight;
   const bool row_form = a.M == 1 && sizeof(T) == 4;
-  Scratch scratch(Scratch::take_bytes<T>(kRowBlock * kStrip) + Scratch::take_bytes<T>(row_form ? 0 : w.group * kStrip));
-  T* sums = scratch.take<T>(kRowBlock * kStrip);
-  T* codes = scratch.take<T>(row_form ? 0 : w.group * kStrip);
-  for (int64_t task = begin; task < end; ++task) {
+  Scratch scratch(Scratch::take_bytes<T>(S * kRowBlock * kStrip) + Scratch::take_bytes<T>(S * w.group * kStrip));
+  T* sums = scratch.take<T>(S * kRowBlock * kStrip);
+  T* codes = scratch.take<T>(S * w.group * kStrip);
+  for (int64_t task = begin; task < end;) {
     const int64_t row = task / w.strips * kRowBlock, strip = task % w.strips;
     const int64_t rows = a.M - row < kRowBlock ? a.M - row : kRowBlock;
-    for (int64_t i = 0; i < rows * kStrip; ++i) sums[i] = 0;
-    const uint8_t* lines = w.packed + strip * w.strip_bytes;
-    for (int64_t g = 0; g < w.groups; ++g, lines += w.group_bytes) {
-      const uint8_t* parameters = lines + w.group_bytes - kLine;
-      if constexpr (sizeof(T) == 4) {
-        if (row_form) {
-          group_row<F>(lines, load_parameters(parameters), w.group / 4,
-                       static_cast<const float*>(a.x.values) + g * w.group, static_cast<const float*>(a.x.sums)[g],
-                       sums);
-          continue;
-        }
-      }
-      Numbers<T> p;
-      numbers(parameters, &p);
-      unpack_group<F, T>(lines, w.group, codes);
-      for (int64_t m = 0; m < rows; m += kFloatRows) {
-        const int64_t R = rows - m < kFloatRows ? rows - m : kFloatRows;
-        panel_rows<F, T, int(kFloatRows)>(a, codes, p, row + m, g, R, sums + m * kStrip);
-      }
+    const int64_t at_once = !row_form && end - task >= S && w.strips - strip >= S ? S : 1;
+    for (int64_t s = 0; s < at_once; ++s) {
+      for (int64_t i = 0; i < rows * kStrip; ++i) sums[s * kRowBlock * kStrip + i] = 0;
     }
-    finish_strip<T>(a, sums, row, rows, strip);
+    if (row_form) {
+      if constexpr (sizeof(T) == 4) run_row<F>(a, strip, sums);
+    } else if (at_once == S) {
+      run_strips<F, T, S>(a, row, rows, strip, sums, codes);
+    } else {
+      run_strips<F, T, 1>(a, row, rows, strip, sums, codes);
+    }
+    for (int64_t s = 0; s < at_once; ++s) finish_strip<T>(a, sums + s * kRowBlock * kStrip, row, rows, strip + s);
+    task += at_once;
   }
 }
 
