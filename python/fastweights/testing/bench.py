@@ -110,13 +110,13 @@ def _peers(
     spec: OpSpec, calls: Sequence[Sample]
 ) -> Iterator[tuple[Peer, Callable[..., Any], list[Sample]]]:
     for peer in spec.peers:
-        adapted = [given for call in calls if (given := peer.adapt(call)) is not None]
-        if not adapted:
-            continue
         try:
-            yield peer, peer.load(), adapted
+            function = peer.load()
         except ImportError:
             continue
+        adapted = [given for call in calls if (given := peer.adapt(call)) is not None]
+        if adapted:
+            yield peer, function, adapted
 
 
 def _calls(spec: OpSpec, case: BenchCase, dtype: torch.dtype, backward: bool) -> list[Sample]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastweights.ops.quantization import functional, reference
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
+from fastweights.testing.peers import quantized_linear as peers
 
 EXACT = Tolerance(output=2e-6, gradient=2e-6)
 TOLERANCES = {
@@ -142,5 +143,6 @@ SPECS = [
         gradcheck=lambda: _linear_samples("float", torch.float64)[:6],
         bad_inputs=LINEAR_BAD,
         bench=BENCH,
+        peers=(peers.DENSE, peers.INT4PACK, peers.ONNXRUNTIME, peers.BITSANDBYTES),
     ),
 ]
