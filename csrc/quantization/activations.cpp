@@ -1,6 +1,7 @@
 // Rows of x as the matmul kernels want them: normalised or gated if asked, then quantized to int8 per 32 inputs (or
 // kept as they are), in panels of rows. A row's result depends on that row alone.
 #include "core/scratch.h"
+#include "core/tail.h"
 #include "core/vmath.h"
 #include "quantization/line.h"
 
@@ -13,12 +14,11 @@ template <typename S, typename T = Compute<S>>
 static void load_row(const ActivationArgs& a, int64_t m, T* row, int64_t Kp) {
   constexpr int L = kLanes<T>;
   const S* x = static_cast<const S*>(a.x) + m * a.x_stride;
-  for (int64_t k = 0; k < a.K; k += L) {
-    const int64_t n = a.K - k < L ? a.K - k : L;
-    Vec<T> v = load_as(x + k, n);
-    if (a.prologue.gated) v = v * sigmoid(v) * load_as(x + a.K + k, n);
-    store_as(row + k, v, n);
-  }
+  for_vectors<T>(a.K, [&](int64_t k, auto part) __attribute__((always_inline)) {
+    Vec<T> v = load_as(x + k, part);
+    if (a.prologue.gated) v = v * sigmoid(v) * load_as(x + a.K + k, part);
+    store_as(row + k, v, part);
+  });
   for (int64_t k = a.K; k < Kp; ++k) row[k] = 0;
   if (!a.prologue.norm_weight) return;
 
@@ -103,13 +103,18 @@ static void pack_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const int64_t Kp = a.groups * a.group;
   const int64_t panel_rows = a.out.quantized ? kIntRows : kFloatRows;
+  const bool as_it_is = a.K == Kp && !a.prologue.norm_weight && !a.prologue.gated;
   Scratch scratch(Scratch::take_bytes<T>(Kp));
   T* row = scratch.take<T>(Kp);
   for (int64_t m = begin; m < end; ++m) {
     const int64_t r = m % panel_rows, panel = m - r;
     const int64_t R = a.M - panel < panel_rows ? a.M - panel : panel_rows;
-    load_row<S>(a, m, row, Kp);
-    a.out.quantized ? emit_codes<T>(a, row, panel, r, R) : emit_values<T>(a, row, panel, r, R);
+    const T* values = row;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (as_it_is) values = static_cast<const T*>(a.x) + m * a.x_stride;
+    }
+    if (values == row) load_row<S>(a, m, row, Kp);
+    a.out.quantized ? emit_codes<T>(a, values, panel, r, R) : emit_values<T>(a, values, panel, r, R);
   }
 }
 

@@ -8,12 +8,17 @@ namespace fastweights::quantization::FW_LEVEL {
 template <typename T, typename S>
 static Vec<T> bias_or_residual(const S* p, int64_t n) {
   if constexpr (sizeof(Compute<S>) == sizeof(T)) {
-    return load_as(p, n);
+    return n == kLanes<T> ? load_as(p) : load_as(p, n);
   } else {
     Vec<T> v = zero<T>();
     for (int64_t i = 0; i < n; ++i) v[i] = T(to_compute(p[i]));
     return v;
   }
+}
+
+template <typename S>
+static void store_sums(S* p, Vec<Compute<S>> v, int64_t n) {
+  n == kLanes<Compute<S>> ? store_as(p, v) : store_as(p, v, n);
 }
 
 // n <= lanes elements of type `element` as T.
@@ -34,12 +39,12 @@ static Vec<T> load_element(Element element, const void* p, int64_t offset, int64
 template <typename T>
 static void store_element(Element element, void* p, int64_t offset, Vec<T> v, int64_t n) {
   if constexpr (sizeof(T) == 4) {
-    if (element == Element::bf16) return store_as(static_cast<bfloat16*>(p) + offset, v, n);
-    if (element == Element::f16) return store_as(static_cast<float16*>(p) + offset, v, n);
-    if (element == Element::f32) return store_as(static_cast<float*>(p) + offset, v, n);
+    if (element == Element::bf16) return store_sums(static_cast<bfloat16*>(p) + offset, v, n);
+    if (element == Element::f16) return store_sums(static_cast<float16*>(p) + offset, v, n);
+    if (element == Element::f32) return store_sums(static_cast<float*>(p) + offset, v, n);
     for (int64_t i = 0; i < n; ++i) static_cast<double*>(p)[offset + i] = double(v[i]);
   } else {
-    store_as(static_cast<double*>(p) + offset, v, n);
+    store_sums(static_cast<double*>(p) + offset, v, n);
   }
 }
 
