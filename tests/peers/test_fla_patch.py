@@ -1,5 +1,6 @@
 """fla's layers and models on a CPU, unchanged, through `fastweights.integrations.fla.patch`."""
 
+import doctest
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from fla.layers.simple_gla import SimpleGatedLinearAttention
 from fla.models.utils import Cache
 
-from fastweights.integrations.fla import patch, patched, stats, unpatch
+from fastweights.integrations.fla import patch, patched, patching, stats, unpatch
 from fastweights.testing import assert_close
 
 D, T = 32, 70  # more than 64 tokens: layers change from recurrent to chunk functions there
@@ -311,6 +312,14 @@ def test_a_layer_from_before_and_a_script_that_holds_a_function(monkeypatch):
     patch()
 
 
+def test_examples_run():
+    unpatch()
+    results = doctest.testmod(patching)
+    assert results.attempted >= 4
+    assert results.failed == 0
+    patch()
+
+
 def test_stats_start_anew_and_patched_keeps_what_was():
     x, g = draw(1, 3, 4), -draw(1, 3, 4).abs()
     fla.ops.hgrn.fused_recurrent_hgrn(x, g)
@@ -340,7 +349,7 @@ def test_tensors_of_another_device_get_the_original(caplog):
 def test_without_dispatch_everything_is_exchanged():
     program = """
 import torch
-from fastweights.integrations.fla import patch, stats
+from fastweights.integrations.fla import patching, patch, stats
 patch()
 from fla.layers import GatedDeltaNet
 layer = GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8, layer_idx=0)

@@ -44,12 +44,13 @@ def patch() -> None:
     error. For prompts on the CPU it gets the name that it reads.
 
     Raises:
-        ImportError: fla is not installed, or Triton is not, without which fla is empty.
+        ImportError: fla is not installed or older than 0.6, or Triton is not installed, without
+            which fla is empty.
 
     Example:
         >>> from fastweights.integrations.fla import patch, stats, unpatch
-        >>> patch()  # doctest: +SKIP
-        >>> stats()["chunk_gated_delta_rule"]  # doctest: +SKIP
+        >>> patch()
+        >>> stats()["chunk_gated_delta_rule"]
         0
         >>> unpatch()
     """
@@ -58,8 +59,8 @@ def patch() -> None:
         _calls.clear()
         for target in _FUNCTIONS:
             _patch_function(target, backends)
-        for owner, name, make in _repaired():
-            _repair(owner, name, make)
+        for repair in _REPAIRS:
+            _repair(*repair)
     _exchange(_exchanged)
 
 
@@ -188,23 +189,21 @@ def _patched() -> bool:
 
 
 def _import_fla() -> Any:
-    """Fla's backends, with layers and models loaded as far as they are installed."""
+    """The module of fla's registries; layers and models are loaded as far as installed."""
     try:
-        import fla  # noqa: F401
-
         return import_module("fla.backends")
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"fla cannot be imported ({error}); run: pip install flash-linear-attention triton"
+            f"fla 0.6 cannot be imported ({error}); run: pip install flash-linear-attention triton"
         ) from error
 
 
 def _patch_function(target: _Function, backends: Any) -> None:
     """By fla's registry of the function, or of its operation, or as an object to be exchanged."""
-    try:
-        original = getattr(import_module(target.module), target.name)
-    except (ImportError, AttributeError):
-        return  # another version of fla
+    owner, name = _find(target.module, target.name)
+    if not name:
+        return
+    original = vars(owner)[name]
     ours = _routing.count(target.ours, _calls, target.name)
     if not backends._DISPATCH_DISABLED:
         if target.operation is not None:
@@ -243,24 +242,24 @@ def _exchange(pairs: dict[int, tuple[Any, Any]]) -> None:
                 setattr(module, name, pairs[id(value)][1])
 
 
-def _repaired() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """What is not ours but mended: its owner, its name, and what makes the new of the old."""
-    losses = import_module("fla.modules.fused_cross_entropy.ops")
-    yield losses.FusedCrossEntropyLoss, "forward", _accept_cpu
+def _repair(module: str, path: str, make: Callable[..., Any]) -> None:
+    owner, name = _find(module, path)
+    if name:
+        original = vars(owner)[name]
+        setattr(owner, name, make(original))
+        _replaced.append(_Replaced(owner, name, original, vars(owner)[name]))
+
+
+def _find(module: str, path: str) -> tuple[Any, str]:
+    """What has the object, and its name there, which is empty if this fla does not have it."""
     try:
-        generation = import_module("fla.models.generation_utils")
-        mom = import_module("fla.layers.mom")
-    except ImportError:  # fla-core alone, without layers and models
-        return
-    yield generation.FLAGenerationMixin, "prepare_inputs_for_generation", _name_cache
-    yield mom, "transform", _sort_stably
-
-
-def _repair(owner: Any, name: str, make: Callable[..., Any]) -> None:
-    original = vars(owner)[name]
-    replacement = make(original)
-    setattr(owner, name, replacement)
-    _replaced.append(_Replaced(owner, name, original, replacement))
+        owner: Any = import_module(module)
+    except ImportError:
+        return None, ""
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part, None)
+    return owner, name if name in getattr(owner, "__dict__", ()) else ""
 
 
 def _accept_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,3 +295,15 @@ def _sort_stably(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return transform
+
+
+# What is not ours but mended: where it is, and what makes the new of the old.
+_REPAIRS = (
+    ("fla.modules.fused_cross_entropy.ops", "FusedCrossEntropyLoss.forward", _accept_cpu),
+    (
+        "fla.models.generation_utils",
+        "FLAGenerationMixin.prepare_inputs_for_generation",
+        _name_cache,
+    ),
+    ("fla.layers.mom", "transform", _sort_stably),
+)
