@@ -137,6 +137,7 @@ MODELS = {
     "HGRN2": {"expand_ratio": 32},
     "KDA": {"num_heads": 2, "head_dim": 16},
     "LinearAttention": {"num_heads": 2},
+    "Mamba": {"state_size": 8},
     "Mom": {"num_heads": 2, "head_dim": 16},
     "RetNet": {"num_heads": 2},
 }
