@@ -16,6 +16,7 @@ from fla.models.utils import Cache
 
 from fastweights.integrations.fla import patch, patched, patching, stats, unpatch
 from fastweights.testing import assert_close
+from test_readme import ROOT, run_blocks
 
 D, T = 32, 70  # more than 64 tokens: layers change from recurrent to chunk functions there
 TOLERANCE = 1e-4
@@ -310,6 +311,12 @@ def test_a_layer_from_before_and_a_script_that_holds_a_function(monkeypatch):
     assert script.chunk_gla is original
     with pytest.raises(RuntimeError, match="0 active drivers"):
         module(x)
+    patch()
+
+
+def test_the_page_runs():
+    unpatch()
+    run_blocks(ROOT / "docs" / "fla.md")
     patch()
 
 
