@@ -7,10 +7,10 @@ PY := $(VENV)/bin/python
 NATIVE := $(shell git ls-files --cached --others --exclude-standard csrc cmake CMakeLists.txt pyproject.toml 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help build test smoke demo report lint format asan wide cross bench wheel docs clean
+.PHONY: help build test test-peers smoke demo report lint format asan wide cross bench wheel docs clean
 help:
 	@echo "make demo     the whole pipeline on a real model: linearize, recover, quantize, generate"
-	@echo "make test     every test"
+	@echo "make test     every test              make test-peers   those that need other libraries (1 GB of downloads)"
 	@echo "make lint     ruff, mypy --strict, clang-format, codespell      make format  fixes what can be fixed"
 	@echo "make bench    times an op against its rivals: make bench OP=linear_attention"
 	@echo "make report   the demo with its controls, into README.md and docs/linearize.md"
@@ -38,6 +38,17 @@ build: $(VENV)/build.stamp
 # Waiting threads sleep: spinning ones make the suite ten times slower on a machine that does something else too.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest
+
+# In a folder of its own: transformers would otherwise find fla and call its Triton functions in every other test.
+PEERS := build/peers
+FLA := 0.6.0
+$(PEERS)/fla-$(FLA).stamp: $(VENV)/torch.stamp
+	rm -rf $(PEERS)
+	$(PY) -m pip install -q --no-deps --target $(PEERS) flash-linear-attention==$(FLA) fla-core==$(FLA) einops==0.8.2 triton==3.9.0
+	touch $@
+
+test-peers: build $(PEERS)/fla-$(FLA).stamp
+	OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/$(PEERS) $(PY) -m pytest tests/peers
 
 smoke: build
 	$(PY) -m pytest tests/test_smoke.py

@@ -14,6 +14,9 @@ SNAPSHOT = Path(__file__).with_name("public_api.txt")
 MODULES = (
     "fastweights",
     "fastweights.functional",
+    "fastweights.integrations.fla",
+    "fastweights.integrations.fla.modules",
+    "fastweights.integrations.fla.ops",
     "fastweights.nn",
     "fastweights.reference",
     "fastweights.testing",

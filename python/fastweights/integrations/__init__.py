@@ -1,0 +1,1 @@
+"""Other people's libraries, one file or package each, imported when it is used."""
