@@ -316,7 +316,10 @@ SPECS = [
         time=("x", "residual"),
         step=causal_conv1d_update,
         bench=[_bench(T, D, order) for T, D in ((2048, 2048), (4096, 4096)) for order in "DT"],
-        peers=(conv1d.DEPTHWISE,),
+        peers=(
+            conv1d.COPY,
+            conv1d.DEPTHWISE,
+        ),
     ),
     OpSpec(
         name="causal_conv1d_update",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastweights.testing.opspec import Peer, Sample, sample
 
-__all__ = ["DEPTHWISE", "UPDATE"]
+__all__ = ["COPY", "DEPTHWISE", "UPDATE"]
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -48,5 +48,12 @@ def _adapt_update(call: Sample) -> Sample:
     return sample(x.unsqueeze(-1), *parameters, call.kwargs["state"].clone())
 
 
+# Not a rival but the floor: the same bytes read, and written to fresh memory.
+COPY = Peer(
+    "torch clone: a copy",
+    load=lambda: torch.clone,
+    adapt=lambda call: sample(call.args[0].detach()),
+    backward=False,
+)
 DEPTHWISE = Peer("torch conv1d + silu", load=_load, adapt=_adapt)
 UPDATE = Peer("transformers' fallback", load=_load_update, adapt=_adapt_update, backward=False)
