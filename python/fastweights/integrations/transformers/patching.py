@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +9,12 @@ from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastweights.integrations import _routing
 from fastweights.integrations.transformers import kernels
 
 _NORM = "RMSNormGated"
@@ -58,10 +58,7 @@ def unpatch() -> None:
     """Puts the original objects back; does nothing without `patch`."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
-    while _replaced:
-        owner, name, original, ours = _replaced.pop()
-        if vars(owner).get(name) is ours:
-            setattr(owner, name, original)
+    _exchanged.restore()
 
 
 @contextmanager
@@ -90,15 +87,8 @@ def stats() -> dict[str, int]:
     return {name: _calls[name] for name in (*kernels.FUNCTIONS, _NORM)}
 
 
-class _Replaced(NamedTuple):
-    owner: Any
-    name: str
-    original: Any
-    ours: Any
-
-
 _calls: Counter[str] = Counter()
-_replaced: list[_Replaced] = []
+_exchanged = _routing.Attributes()
 
 
 class _Finder(MetaPathFinder):
@@ -140,32 +130,18 @@ def _patch_module(module: ModuleType) -> None:
     for name, value in list(vars(module).items()):
         ours = kernels.FUNCTIONS.get(kernel := _kernel_name(value))
         if ours is not None:
-            _replace(module, name, kernel, ours)
+            _exchange(module, name, kernel, ours)
         elif name.endswith(_NORM) and _norms_before_gate(value):
-            _replace(value, "forward", _NORM, kernels.gated_norm)
+            _exchange(value, "forward", _NORM, kernels.gated_norm)
 
 
-def _replace(owner: Any, name: str, kernel: str, ours: Callable[..., Any]) -> None:
-    original = vars(owner)[name]
-
-    @functools.wraps(original)
-    def route(*args: Any, **kwargs: Any) -> Any:
-        if not _on_cpu(args, kwargs) or torch.compiler.is_exporting():
-            return original(*args, **kwargs)
-        # A compiled graph would depend on the count.
-        if not torch.compiler.is_compiling():
-            _calls[kernel] += 1
-        return ours(*args, **kwargs)
-
-    setattr(owner, name, route)
-    _replaced.append(_Replaced(owner, name, original, route))
+def _exchange(owner: Any, name: str, kernel: str, ours: Callable[..., Any]) -> None:
+    routed = _routing.route(vars(owner)[name], ours, _calls, kernel, _serves)
+    _exchanged.exchange(owner, name, routed)
 
 
-def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value.device.type == "cpu"
-    return False
+def _serves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return _routing.on_cpu(args, kwargs) and not torch.compiler.is_exporting()
 
 
 def _kernel_name(value: Any) -> str:
@@ -183,7 +159,7 @@ def _kernel_name(value: Any) -> str:
 
 def _norms_before_gate(value: Any) -> bool:
     """Whether a class computes what our norm does, which its name does not tell."""
-    if any(value is entry.owner for entry in _replaced):
+    if (value, "forward") in _exchanged:
         return False
     with torch.device("cpu"), torch.no_grad():
         x = torch.linspace(-2, 3, 8)[None]
@@ -191,7 +167,5 @@ def _norms_before_gate(value: Any) -> bool:
         try:
             norm = value(8)
             return torch.allclose(norm(x, gate), kernels.gated_norm(norm, x, gate))
-        except (
-            Exception
-        ):  # another norm: other arguments, no activation, and what else there may be
+        except Exception:  # of whatever kind: what has other arguments is another norm
             return False
