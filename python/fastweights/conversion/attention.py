@@ -198,14 +198,14 @@ class LinearizedAttention(nn.Module):
         else:
             layer = None
             if cache is not None:
-                from fastweights.integrations.transformers import state_layer
+                from fastweights.integrations.transformers.converted import state_layer
 
                 layer = state_layer(cache, self.layer_idx)
             heads = self._student(p, valid, layer)
         return self.o_proj(heads.flatten(2).to(hidden_states.dtype)), None
 
     def _softmax(self, p: Projections, valid: Tensor | None, cache: Any) -> Tensor:
-        from fastweights.integrations.transformers import softmax_mask
+        from fastweights.integrations.transformers.converted import softmax_mask
 
         q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
         if cache is not None:

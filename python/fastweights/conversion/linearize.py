@@ -80,7 +80,7 @@ def linearize(
 
 def convert(model: Model, recipe: Recipe, kept: set[int]) -> Model:
     """`linearize` without its checks, for a model whose weights are not there yet."""
-    from fastweights.integrations.transformers import use_padding_masks
+    from fastweights.integrations.transformers.converted import use_padding_masks
 
     for parent, name, attention in _attention_sites(model):
         if attention.layer_idx not in kept:
@@ -128,7 +128,7 @@ def _check_same_attention(model: Any, attention: Any) -> None:
     The names of an attention's parts do not say how it rotates, scales or normalises; its output
     does.
     """
-    from fastweights.integrations.transformers import softmax_mask
+    from fastweights.integrations.transformers.converted import softmax_mask
 
     weight = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)

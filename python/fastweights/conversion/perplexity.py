@@ -91,7 +91,7 @@ def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
     """`[N − 1]` float64: −log p of the tokens after the first of `row` `[1, N]`."""
     from transformers import DynamicCache
 
-    from fastweights.integrations.transformers import cache_argument
+    from fastweights.integrations.transformers.converted import cache_argument
 
     row = row.to(model.device)
     body, head = decoder(model), model.get_output_embeddings()

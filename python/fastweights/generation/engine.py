@@ -125,7 +125,7 @@ def _feed(
     model: nn.Module, tokens: Tensor, cache: Any, chunk: int, logits: Tensor | None = None
 ) -> Tensor:
     """Feed tokens `[B, T]` into model and cache; logits `[B, V]` after them, `logits` if T = 0."""
-    from fastweights.integrations.transformers import cache_argument
+    from fastweights.integrations.transformers.converted import cache_argument
 
     options = {**cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
     parts = tokens.split(chunk, 1) if tokens.numel() else ()

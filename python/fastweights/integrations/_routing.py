@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 
+def on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the first tensor of a call is on the CPU."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.device.type == "cpu"
+    return False
+
+
 def route(
-    original: Callable[..., Any], ours: Callable[..., Any], calls: Counter[str], name: str
+    original: Callable[..., Any],
+    ours: Callable[..., Any],
+    calls: Counter[str],
+    name: str,
+    serves: Callable[[tuple[Any, ...], dict[str, Any]], bool] = on_cpu,
 ) -> Callable[..., Any]:
-    """`original` with its name and signature, whose calls with CPU tensors go to `ours`.
+    """`original` with its name and signature, whose calls go to `ours` if that `serves` them.
 
     They are counted in ``calls[name]``, but for those within `torch.compile`, whose graph would
     depend on the count.
@@ -23,7 +35,7 @@ def route(
 
     @functools.wraps(original)
     def routed(*args: Any, **kwargs: Any) -> Any:
-        return (counted if on_cpu(args, kwargs) else original)(*args, **kwargs)
+        return (counted if serves(args, kwargs) else original)(*args, **kwargs)
 
     return routed
 
@@ -40,9 +52,26 @@ def count(ours: Callable[..., Any], calls: Counter[str], name: str) -> Callable[
     return counted
 
 
-def on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the first tensor of a call is on the CPU."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value.device.type == "cpu"
-    return False
+class Attributes:
+    """Attributes of modules and classes that were exchanged, to be given back."""
+
+    def __init__(self) -> None:
+        self._exchanged: list[tuple[Any, str, Any, Any]] = []
+
+    def __contains__(self, attribute: tuple[Any, str]) -> bool:
+        return any(
+            entry[0] is attribute[0] and entry[1] == attribute[1] for entry in self._exchanged
+        )
+
+    def exchange(self, owner: Any, name: str, ours: Any) -> None:
+        """Sets an attribute and remembers what it was."""
+        original = vars(owner)[name]
+        setattr(owner, name, ours)
+        self._exchanged.append((owner, name, original, vars(owner)[name]))
+
+    def restore(self) -> None:
+        """Sets them back, but for those that somebody else has set since."""
+        while self._exchanged:
+            owner, name, original, ours = self._exchanged.pop()
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, original)

@@ -70,10 +70,7 @@ def unpatch() -> None:
     _exchanged.clear()
     while _registries:
         _registries.pop()._backends.pop(_BACKEND, None)
-    while _replaced:
-        owner, name, original, ours = _replaced.pop()
-        if vars(owner).get(name) is ours:
-            setattr(owner, name, original)
+    _repaired.restore()
 
 
 @contextmanager
@@ -101,13 +98,6 @@ class _Function(NamedTuple):
     name: str
     ours: Callable[..., Any]
     operation: str | None = None  # whose registry dispatches it, if not one of its own
-
-
-class _Replaced(NamedTuple):
-    owner: Any
-    name: str
-    original: Any
-    ours: Any
 
 
 def _named(module: str, *ours: Callable[..., Any]) -> list[_Function]:
@@ -181,7 +171,7 @@ _FUNCTIONS = [
 _calls: Counter[str] = Counter()
 _exchanged: dict[int, tuple[Any, Any]] = {}  # id of an original: it, and what stands in its place
 _registries: list[Any] = []  # fla's registries that have a backend of ours
-_replaced: list[_Replaced] = []
+_repaired = _routing.Attributes()
 
 
 def _patched() -> bool:
@@ -245,9 +235,7 @@ def _exchange(pairs: dict[int, tuple[Any, Any]]) -> None:
 def _repair(module: str, path: str, make: Callable[..., Any]) -> None:
     owner, name = _find(module, path)
     if name:
-        original = vars(owner)[name]
-        setattr(owner, name, make(original))
-        _replaced.append(_Replaced(owner, name, original, vars(owner)[name]))
+        _repaired.exchange(owner, name, make(vars(owner)[name]))
 
 
 def _find(module: str, path: str) -> tuple[Any, str]:
