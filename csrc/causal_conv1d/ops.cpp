@@ -30,7 +30,7 @@ struct Inputs {
 
 // Whether time is contiguous and channels are not: functional.py says the same to the compiler.
 bool time_is_contiguous(const Tensor& x) {
-  return x.size(1) > 1 && x.stride(1) == 1 && !(x.size(2) > 1 && x.stride(2) == 1);
+  return x.stride(1) == 1 && !(x.size(2) > 1 && x.stride(2) == 1);
 }
 
 // x itself where it is readable in this memory order, else a copy.

@@ -131,6 +131,30 @@ def test_refused_rows_leave_the_state():
 
 
 @pytest.mark.parametrize("order", ["channels", "time"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_one_graph_serves_lengths_that_only_the_data_tells(order):
+    weight = draw(6, 4)
+
+    def real_tokens(x, mask):
+        places = mask.nonzero().squeeze(1)
+        kept = x.index_select(1, places).mT if order == "time" else x.mT.index_select(0, places)
+        return fw.causal_conv1d(kept.unsqueeze(0), weight, output_final_state=True)
+
+    torch.compiler.reset()
+    compiled = torch.compile(real_tokens, fullgraph=True, backend="aot_eager")
+    stance = "default"
+    for length in (9, 12, 1, 0):
+        x, mask = draw(6, 12).requires_grad_(), torch.arange(12) < length
+        expected = real_tokens(x, mask)
+        with torch.compiler.set_stance(stance):
+            y = compiled(x, mask)
+        stance = "fail_on_recompile"
+        assert_close(y, expected, tolerance=0, what=f"{length} tokens")
+        found, wanted = (torch.autograd.grad(r[0].square().sum(), x) for r in (y, expected))
+        assert_close(found, wanted, tolerance=0, what=f"gradient of {length} tokens")
+
+
+@pytest.mark.parametrize("order", ["channels", "time"])
 def test_packed_sequences_do_not_see_each_other(order):
     lengths = [1, 200, 2, 30, 3]
     x, weight, bias = signal(order, 1, sum(lengths), 21), draw(21, 4, seed=1), draw(21, seed=2)

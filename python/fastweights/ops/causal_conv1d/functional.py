@@ -182,9 +182,16 @@ def _activation(op: str, activation: Activation) -> str:
 
 
 def _new_like(x: Tensor) -> Tensor:
-    """A tensor of x's shape in the memory order that the op gives it."""
+    """A tensor of x's shape in the memory order that the op gives it.
+
+    A size or stride that only the data tells counts as larger than 1. Should it be 1 after all, T
+    or D is, and both orders are the same memory.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
+
     batch, length, channels = x.shape
-    if length > 1 and x.stride(1) == 1 and not (channels > 1 and x.stride(2) == 1):
+    rows = guard_or_false(channels > 1) and guard_or_false(x.stride(2) == 1)
+    if guard_or_false(x.stride(1) == 1) and not rows:
         return x.new_empty((batch, channels, length)).transpose(1, 2)
     return x.new_empty((batch, length, channels))
 
