@@ -91,6 +91,13 @@ SITE = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 with-package = env PYTHONPATH=$(CURDIR)/build/$(1)/package:$(SITE) $(2) $(PY) -S -m pytest -p no:cacheprovider
 GENERIC := tests/test_ops.py tests/core/test_gemm.py tests/core/test_vmath.py
 
+# $(call self-test,NAME,CMAKE OPTIONS): the kernels without torch, built in build/NAME and run.
+define self-test
+	$(VENV)/bin/cmake -S tests/cpp -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja $(2) >/dev/null
+	$(VENV)/bin/cmake --build build/$(1)
+	$(VENV)/bin/ctest --test-dir build/$(1) --output-on-failure
+endef
+
 SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # The levels of this machine: others would only be compiled.
@@ -98,6 +105,7 @@ HERE = $$($(PY) -c "from fastweights.testing import available_cpu_levels; print(
 asan: build
 	$(call package,asan,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=$(HERE))
 	$(call with-package,asan,$(SANITIZERS)) $(GENERIC) -k "not compiles and not opcheck and not float64"
+	$(call self-test,asan-self,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=2)
 
 wide: build
 	$(call package,wide,-DFASTWEIGHTS_WIDE=ON -DFASTWEIGHTS_LEVELS=2)
@@ -116,10 +124,7 @@ cross: build
 	fi
 	$(call package,clang,-DCMAKE_CXX_COMPILER=clang++)
 	$(call with-package,clang,) $(GENERIC) -k "not compiles and not opcheck"
-	$(VENV)/bin/cmake -S tests/cpp -B build/cross -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	  -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64.cmake >/dev/null
-	$(VENV)/bin/cmake --build build/cross
-	$(VENV)/bin/ctest --test-dir build/cross --output-on-failure
+	$(call self-test,cross,-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64.cmake)
 
 # ---- what leaves the tree ----------------------------------------------------------------------------------------
 OP ?=

@@ -67,6 +67,8 @@ struct UpdateArgs {
   bool silu;
   int64_t L, D, W, S, channel_blocks;
   State state;
+  const int64_t* rows;   // which row of the state belongs to each batch entry; null: its number
+  const int64_t* slots;  // null, or each state is a ring, and this is where the first token goes, below S
 };
 
 FW_DECLARE_KERNEL(forward, ForwardArgs)

@@ -30,7 +30,7 @@ struct Inputs {
 
 // Whether time is contiguous and channels are not: functional.py says the same to the compiler.
 bool time_is_contiguous(const Tensor& x) {
-  return x.size(1) > 1 && x.stride(1) == 1 && !(x.size(2) > 1 && x.stride(2) == 1);
+  return x.stride(1) == 1 && !(x.size(2) > 1 && x.stride(2) == 1);
 }
 
 // x itself where it is readable in this memory order, else a copy.
@@ -230,8 +230,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   return {dx, torch::stable::to(dweight, weight.scalar_type()), dbias, dinitial};
 }
 
+// One integer for each batch entry; none where the tensor is absent.
+std::vector<int64_t> integers_of(const char* op, const char* name, const OptionalTensor& t, int64_t B) {
+  if (!t) return {};
+  check_cpu(op, name, *t);
+  check_shape(op, name, *t, {B}, "[B]", "x");
+  check(t->scalar_type() == ScalarType::Int || t->scalar_type() == ScalarType::Long, op, "expected ", name,
+        " of dtype int32 or int64, got ", dtype_name(t->scalar_type()));
+  const Tensor wide = in_dtype(*t, ScalarType::Long);
+  std::vector<int64_t> values(B);
+  for (int64_t b = 0; b < B; ++b) values[b] = wide.const_data_ptr<int64_t>()[b * wide.stride(0)];
+  return values;
+}
+
+// Raises unless each batch entry has a row of its own among the N of the state: two writers of one row would race.
+void check_rows(const char* op, const std::vector<int64_t>& rows, int64_t N) {
+  std::vector<bool> taken(N);
+  for (int64_t row : rows) {
+    check(row >= 0 && row < N, op, "expected conv_state_indices in [0, N) = [0, ", N, ") (from state), got ", row);
+    check(!taken[row], op, "expected conv_state_indices to differ, got ", row, " twice");
+    taken[row] = true;
+  }
+}
+
 Tensor causal_conv1d_update(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                            const OptionalTensor& residual, Tensor state, const std::string& activation) {
+                            const OptionalTensor& residual, Tensor state, const OptionalTensor& cache_seqlens,
+                            const OptionalTensor& conv_state_indices, const std::string& activation) {
   const char* op = "causal_conv1d_update";
   check(x.dim() == 2 || x.dim() == 3, op, "expected x of shape [B, D] or [B, L, D], got ", shape_of(x));
   check_floating(op, "x", x);
@@ -239,7 +263,15 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& weight, const Optiona
   const bool one = x.dim() == 2;
   const int64_t B = x.size(0), L = one ? 1 : x.size(1), D = x.size(one ? 1 : 2);
   const auto [taps, offsets] = parameters(op, weight, bias, x, D);
-  check_state(op, "state", state, B, D, weight.size(1), x);
+  const int64_t N = conv_state_indices && state.dim() == 3 ? state.size(0) : B;
+  check_state(op, "state", state, N, D, weight.size(1), x);
+  const std::vector<int64_t> rows = integers_of(op, "conv_state_indices", conv_state_indices, B);
+  if (conv_state_indices) check_rows(op, rows, N);
+  std::vector<int64_t> slots = integers_of(op, "cache_seqlens", cache_seqlens, B);
+  for (int64_t& slot : slots) {
+    check(slot >= 0, op, "expected cache_seqlens of at least 0, got ", slot);
+    slot %= std::max<int64_t>(state.size(2), 1);
+  }
   const auto signal = [&](const Tensor& t) { return Signal{t.data_ptr(), t.stride(0), one ? 0 : t.stride(1), 1}; };
   const Tensor read = with_contiguous_last(x);
   Tensor y = torch::stable::new_empty(x, x.sizes());
@@ -260,6 +292,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& weight, const Optiona
   args.L = L, args.D = D, args.W = weight.size(1), args.S = state.size(2);
   args.channel_blocks = (D + kRowChannels - 1) / kRowChannels;
   args.state = state_of(state);
+  args.rows = conv_state_indices ? rows.data() : nullptr, args.slots = cache_seqlens ? slots.data() : nullptr;
   parallel_tasks(B * args.channel_blocks, double(L * std::min(D, kRowChannels)) * (2.0 * double(args.W) + 20),
                  [&](int64_t begin, int64_t end) { FW_KERNEL(update)(args, begin, end); });
   return y;
@@ -277,8 +310,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, *, str activation) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
-      "causal_conv1d_update(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) state, *, "
-      "str activation) -> Tensor y");
+      "causal_conv1d_update(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) state, "
+      "Tensor? cache_seqlens, Tensor? conv_state_indices, *, str activation) -> Tensor y");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {

@@ -79,6 +79,81 @@ def test_the_length_of_the_state_does_not_matter():
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("seen", [0, 2, 9])
+@pytest.mark.parametrize("kept", [3, 4, 7])
+def test_a_ring_keeps_token_t_in_slot_t(kept, seen):
+    x, weight, bias = draw(2, seen + 11, 33), draw(33, 4, seed=1), draw(33, seed=2)
+    expected, _ = fw.causal_conv1d(x, weight, bias, activation="silu")
+    ring, count = torch.zeros(2, 33, kept), torch.zeros(2, dtype=torch.int32)
+    for t in range(seen):
+        ring[..., t % kept] = x[:, t]
+    found = []
+    for token in x[:, seen:].unbind(1):
+        y = fw.causal_conv1d_update(
+            token, weight, bias, state=ring, activation="silu", cache_seqlens=count + seen
+        )
+        found.append(y)
+        count += 1
+    assert_close(torch.stack(found, 1), expected[:, seen:], tolerance=1e-6)
+    for t in range(seen + 11 - kept, seen + 11):
+        assert torch.equal(ring[..., t % kept], x[:, t])
+
+
+def test_sequences_of_a_server_keep_to_their_rows():
+    """Three sequences in a pool of six states; every step goes on with two of them."""
+    x, weight = draw(3, 12, 18), draw(18, 4, seed=1)
+    pool, row, seen = draw(6, 18, 5, seed=2), torch.tensor([4, 0, 3]), torch.zeros(3, dtype=int)
+    before = pool.clone()
+    pool[row] = 0
+    expected, _ = fw.causal_conv1d(x, weight)
+    for active in [(0, 1), (2, 0), (0, 2), (1, 0), (2, 1), (0, 2), (1, 2), (0, 1), (0, 2)]:
+        now = torch.tensor(active)
+        y = fw.causal_conv1d_update(
+            x[now, seen[now]],
+            weight,
+            state=pool,
+            cache_seqlens=seen[now],
+            conv_state_indices=row[now],
+        )
+        assert_close(y, expected[now, seen[now]], tolerance=1e-6)
+        seen[now] += 1
+    assert torch.equal(pool[[1, 2, 5]], before[[1, 2, 5]])
+
+
+def test_refused_rows_leave_the_state():
+    state = draw(3, 4, 2)
+    before = state.clone()
+    with pytest.raises(RuntimeError, match="got 3"):
+        fw.causal_conv1d_update(
+            draw(2, 4), draw(4, 3), state=state, conv_state_indices=torch.tensor([0, 3])
+        )
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("order", ["channels", "time"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_one_graph_serves_lengths_that_only_the_data_tells(order):
+    weight = draw(6, 4)
+
+    def real_tokens(x, mask):
+        places = mask.nonzero().squeeze(1)
+        kept = x.index_select(1, places).mT if order == "time" else x.mT.index_select(0, places)
+        return fw.causal_conv1d(kept.unsqueeze(0), weight, output_final_state=True)
+
+    torch.compiler.reset()
+    compiled = torch.compile(real_tokens, fullgraph=True, backend="aot_eager")
+    stance = "default"
+    for length in (9, 12, 1, 0):
+        x, mask = draw(6, 12).requires_grad_(), torch.arange(12) < length
+        expected = real_tokens(x, mask)
+        with torch.compiler.set_stance(stance):
+            y = compiled(x, mask)
+        stance = "fail_on_recompile"
+        assert_close(y, expected, tolerance=0, what=f"{length} tokens")
+        found, wanted = (torch.autograd.grad(r[0].square().sum(), x) for r in (y, expected))
+        assert_close(found, wanted, tolerance=0, what=f"gradient of {length} tokens")
+
+
 @pytest.mark.parametrize("order", ["channels", "time"])
 def test_packed_sequences_do_not_see_each_other(order):
     lengths = [1, 200, 2, 30, 3]

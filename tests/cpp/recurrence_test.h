@@ -52,7 +52,8 @@ void check_forward(const char* level, void (*forward)(const Args&, int64_t, int6
   }
   for (fastweights::Form form : {fastweights::Form::recurrent, fastweights::Form::chunked}) {
     std::vector<float> got(o.size(), NAN), final(S.size(), NAN);
-    const Args args{problem(form), R::rows(got, R::V), R::states(final)};
+    Args args{};
+    args.p = problem(form), args.o = R::rows(got, R::V), args.final = R::states(final);
     forward(args, 0, R::N * R::H);
     for (size_t i = 0; i < o.size(); ++i) near(level, got[i], o[i], 1e-4);
     for (size_t i = 0; i < S.size(); ++i) near(level, final[i], S[i], 1e-4);

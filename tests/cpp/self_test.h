@@ -40,15 +40,7 @@ struct Register {
   static const self_test::Register registered_##name(#name, name); \
   static void name()
 
-// FW_AT_LEVELS(f, args...): f(kernel namespace's function, args...) for every level that this machine runs.
+// FW_AT_LEVELS(f, check): check(level, the kernel f of its namespace) for every level that this machine runs.
 #define FW_AT_LEVEL(level, kernel, check) \
   if (self_test::runs(#level)) check(#level, &level::kernel);
-#if defined(__x86_64__)
-#define FW_AT_LEVELS(kernel, check)    \
-  FW_AT_LEVEL(baseline, kernel, check) \
-  FW_AT_LEVEL(avx2, kernel, check)     \
-  FW_AT_LEVEL(avx512, kernel, check)   \
-  FW_AT_LEVEL(avx512_bf16, kernel, check)
-#else
-#define FW_AT_LEVELS(kernel, check) FW_AT_LEVEL(baseline, kernel, check)
-#endif
+#define FW_AT_LEVELS(kernel, check) FW_FOR_EACH_LEVEL(FW_AT_LEVEL, kernel, check)

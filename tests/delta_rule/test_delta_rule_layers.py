@@ -154,6 +154,29 @@ def test_padding_alone_leaves_the_state(layer: nn.Module, batch: int, length: in
     assert_close(final, states, tolerance=0)
 
 
+@pytest.mark.parametrize("name", ["gated", "product"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_one_graph_serves_every_padding(name: str) -> None:
+    """The number of real tokens is data, which a compiled layer must not ask for."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]().double()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    stance = "default"
+    for lengths in ((6, 9, 7), (9, 9, 9), (1, 0, 2), (0, 1, 0), (0, 0, 0)):
+        x = tokens(3, 9).requires_grad_()
+        mask = torch.arange(9) >= 9 - torch.tensor(lengths)[:, None]
+        expected, _ = layer(x, attention_mask=mask)
+        with torch.compiler.set_stance(stance):
+            y, _ = compiled(x, attention_mask=mask)
+        stance = "fail_on_recompile"
+        assert torch.equal(y, expected), lengths
+        leaves = (x, *layer.parameters())
+        wanted = torch.autograd.grad(expected.square().sum(), leaves)
+        found = torch.autograd.grad(y.square().sum(), leaves)
+        assert_close(found, wanted, tolerance=0, what=f"gradients for {lengths}")
+
+
 def test_later_tokens_change_nothing_before_them(layer: nn.Module) -> None:
     x = tokens()
     other = x.clone()

@@ -108,6 +108,8 @@ def causal_conv1d_update(
     state: Tensor,
     activation: Activation = None,
     residual: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """The next token, or tokens, of `causal_conv1d`; ``state`` is updated in place.
 
@@ -119,12 +121,18 @@ def causal_conv1d_update(
             tokens of x.
         activation: None or "silu" (also "swish").
         residual: of x's shape and dtype, added to the result.
+        cache_seqlens: int32 or int64 [B], how many tokens came before those of x. The state is
+            then a ring: token number t is kept in slot t mod S, and no other slot changes. Zeros
+            are the state before the first token. The caller counts on.
+        conv_state_indices: int32 or int64 [B]: entry b continues row conv_state_indices[b] of
+            ``state`` [N, D, S], N of any size; the other rows stay as they are. All differ.
 
     Returns:
         y, of x's shape and dtype.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit; the message says which.
+        RuntimeError: shapes, dtypes or devices that do not fit, a negative number of tokens, rows
+            that do not exist or are given twice; the message says which.
         ValueError: another activation.
         NotImplementedError: an input that requires a gradient; use `causal_conv1d`.
 
@@ -132,15 +140,35 @@ def causal_conv1d_update(
         >>> state = torch.zeros(1, 64, 3)
         >>> causal_conv1d_update(torch.rand(1, 64), torch.rand(64, 4), state=state).shape
         torch.Size([1, 64])
+
+        Two of the eight sequences that a server holds:
+
+        >>> states, rows, seen = torch.zeros(8, 64, 3), torch.tensor([5, 2]), torch.tensor([0, 0])
+        >>> for token in torch.rand(4, 2, 64):
+        ...     y = causal_conv1d_update(
+        ...         token,
+        ...         torch.rand(64, 4),
+        ...         state=states,
+        ...         cache_seqlens=seen,
+        ...         conv_state_indices=rows,
+        ...     )
+        ...     seen += 1
     """
     _common.refuse_forward_ad("causal_conv1d_update", x, weight, bias, residual, state)
     name = _activation("causal_conv1d_update", activation)
     if _common.needs_reference(x, weight):
         return reference.causal_conv1d_update(
-            x, weight, bias, state=state, activation=activation, residual=residual
+            x,
+            weight,
+            bias,
+            state=state,
+            activation=activation,
+            residual=residual,
+            cache_seqlens=cache_seqlens,
+            conv_state_indices=conv_state_indices,
         )
     y: Tensor = torch.ops.fastweights.causal_conv1d_update(
-        x, weight, bias, residual, state, activation=name
+        x, weight, bias, residual, state, cache_seqlens, conv_state_indices, activation=name
     )
     return y
 
@@ -154,9 +182,16 @@ def _activation(op: str, activation: Activation) -> str:
 
 
 def _new_like(x: Tensor) -> Tensor:
-    """A tensor of x's shape in the memory order that the op gives it."""
+    """A tensor of x's shape in the memory order that the op gives it.
+
+    A size or stride that only the data tells counts as larger than 1. Should it be 1 after all, T
+    or D is, and both orders are the same memory.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
+
     batch, length, channels = x.shape
-    if length > 1 and x.stride(1) == 1 and not (channels > 1 and x.stride(2) == 1):
+    rows = guard_or_false(channels > 1) and guard_or_false(x.stride(2) == 1)
+    if guard_or_false(x.stride(1) == 1) and not rows:
         return x.new_empty((batch, channels, length)).transpose(1, 2)
     return x.new_empty((batch, length, channels))
 
@@ -204,6 +239,8 @@ def _update_fake(
     bias: Tensor | None,
     residual: Tensor | None,
     state: Tensor,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
     *,
     activation: str,
 ) -> Tensor:
@@ -289,11 +326,12 @@ def _autocast() -> None:
         bias: Tensor | None,
         residual: Tensor | None,
         state: Tensor,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         signals = to(x, state.dtype), weight, bias, to(residual, state.dtype), state
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
-            return update(*signals, **kwargs)
+            return update(*signals, *args, **kwargs)
 
     torch.library.impl("fastweights::causal_conv1d", "AutocastCPU", cast)
     torch.library.impl("fastweights::causal_conv1d_update", "AutocastCPU", cast_update)

@@ -75,6 +75,13 @@ def causal_conv1d(
     return y.to(x.dtype), torch.stack(finals) if finals else x.new_zeros(0, x.shape[2], kept)
 
 
+def _slots(state: Tensor, seen: Tensor) -> Tensor:
+    """Where rings keep their S latest inputs after `seen` [B]: number t is in slot t mod S."""
+    size = state.shape[2]
+    latest = seen[:, None] + torch.arange(size, device=seen.device)
+    return (latest % max(size, 1)).long()[:, None].expand_as(state)
+
+
 def causal_conv1d_update(
     x: Tensor,
     weight: Tensor,
@@ -83,18 +90,29 @@ def causal_conv1d_update(
     state: Tensor,
     activation: Activation = None,
     residual: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """The definition of `fastweights.causal_conv1d_update`; see there for the arguments."""
     tokens = x.unsqueeze(1) if x.dim() == 2 else x
+    latest = state if conv_state_indices is None else state[conv_state_indices]
+    if cache_seqlens is not None:
+        latest = latest.gather(2, _slots(latest, cache_seqlens))
     y, moved = causal_conv1d(
         tokens,
         weight,
         bias,
         activation=activation,
         residual=residual if residual is None else residual.view(tokens.shape),
-        initial_state=state,
+        initial_state=latest,
         output_final_state=True,
     )
     assert moved is not None
-    state.copy_(moved)
+    if cache_seqlens is not None:
+        slots = _slots(moved, cache_seqlens + tokens.shape[1])
+        moved = torch.empty_like(moved).scatter_(2, slots, moved)
+    if conv_state_indices is None:
+        state.copy_(moved)
+    else:
+        state[conv_state_indices] = moved
     return y.view(x.shape)

@@ -108,14 +108,19 @@ def _gradcheck() -> Sequence[Sample]:
 
 
 def _update_samples(dtype: torch.dtype) -> Sequence[Sample]:
-    def call(D: int, W: int, S: int, tokens: int | None, **options: Any) -> Sample:
+    def call(
+        D: int, W: int, S: int, tokens: int | None, *, rows: int = 2, **options: Any
+    ) -> Sample:
         draw = _Draw(dtype, 2, tokens or 1, D, W, "D")
         x = draw.signal() if tokens is not None else draw.signal()[:, 0]
         if options.pop("residual", False):
             options["residual"] = draw.normal(*x.shape)
         bias = [draw.normal(D)] if options.pop("bias", True) else []
-        return sample(x, draw.normal(D, W), *bias, state=draw.normal(2, D, S), **options)
+        return sample(x, draw.normal(D, W), *bias, state=draw.normal(rows, D, S), **options)
 
+    seen, index = torch.tensor([2, 9], dtype=torch.int32), torch.tensor([3, 0])
+    ring: dict[str, Any] = {"cache_seqlens": seen}
+    pool: dict[str, Any] = {"conv_state_indices": index, "rows": 5}
     return [
         call(37, 4, 4, None, activation="silu"),
         call(521, 4, 3, None, activation="silu", residual=True),
@@ -123,6 +128,11 @@ def _update_samples(dtype: torch.dtype) -> Sequence[Sample]:
         call(6, 1, 0, None, bias=False),
         call(3, 2, 5, 2, activation="silu"),
         call(0, 4, 3, None),
+        call(37, 4, 3, None, activation="silu", **ring),
+        call(521, 4, 4, 9, residual=True, **ring, **pool),
+        call(5, 3, 7, 2, cache_seqlens=seen.long(), conv_state_indices=index.int(), rows=4),
+        call(4, 1, 0, 3, **ring),
+        call(9, 4, 3, None, activation="silu", **pool),
     ]
 
 
@@ -262,6 +272,52 @@ _BAD_UPDATES = (
         lambda: causal_conv1d_update(_X[:, 0], _W, state=torch.zeros(2, 4, 2), residual=_X),
         RuntimeError,
         r"expected residual of shape \[B, D\] = \[2, 4\] \(from x\), got \[2, 5, 4\]",
+    ),
+    *(
+        BadInput(
+            lambda given=given: causal_conv1d_update(
+                _X[:, 0], _W, state=torch.zeros(3, 4, 2), **given
+            ),
+            RuntimeError,
+            message,
+        )
+        for given, message in (
+            ({}, r"expected state of shape \[N, D, S\] = \[2, 4, at least 2\]"),
+            (
+                {"conv_state_indices": torch.tensor([0, 3])},
+                r"expected conv_state_indices in \[0, N\) = \[0, 3\) \(from state\), got 3",
+            ),
+            ({"conv_state_indices": torch.tensor([-1, 0])}, r"got -1"),
+            (
+                {"conv_state_indices": torch.tensor([2, 2])},
+                r"expected conv_state_indices to differ, got 2 twice",
+            ),
+            (
+                {"conv_state_indices": torch.tensor([0])},
+                r"expected conv_state_indices of shape \[B\] = \[2\] \(from x\), got \[1\]",
+            ),
+            (
+                {"conv_state_indices": torch.tensor([0.0, 1.0])},
+                r"expected conv_state_indices of dtype int32 or int64, got float32",
+            ),
+        )
+    ),
+    *(
+        BadInput(
+            lambda seen=seen: causal_conv1d_update(
+                _X[:, 0], _W, state=torch.zeros(2, 4, 2), cache_seqlens=seen
+            ),
+            RuntimeError,
+            message,
+        )
+        for seen, message in (
+            (torch.tensor([0, -1]), r"expected cache_seqlens of at least 0, got -1"),
+            (torch.tensor(3), r"expected cache_seqlens of shape \[B\] = \[2\] .*, got \[\]"),
+            (
+                torch.tensor([0, 1], dtype=torch.int16),
+                r"expected cache_seqlens of dtype int32 or int64, got another dtype",
+            ),
+        )
     ),
     BadInput(
         lambda: causal_conv1d_update(
