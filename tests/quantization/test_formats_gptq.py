@@ -2,37 +2,14 @@
 
 import pytest
 import torch
+from checkpoint_layers import bit_stream, check_values, int32, same
+from checkpoint_layers import gptq as checkpoint
 
 import fastweights as fw
 from fastweights.ops.quantization import reference
 from fastweights.quantization.formats import GPTQ, Layer
 
 BITS = [2, 3, 4, 8]
-
-
-def bit_stream(words, bits):
-    """Codes of a little-endian stream of 32-bit words, one by one."""
-    number = sum((int(w) & 0xFFFFFFFF) << (32 * i) for i, w in enumerate(words))
-    return [(number >> (bits * i)) & ((1 << bits) - 1) for i in range(len(words) * 32 // bits)]
-
-
-def checkpoint(n=64, k=128, bits=4, group=32, act_order=False, bias=True, seed=0, **scales):
-    """The tensors of a layer with random bits throughout."""
-    g = torch.Generator().manual_seed(seed)
-    groups = -(-k // group)
-
-    def words(*shape):
-        return torch.randint(-(2**31), 2**31, shape, generator=g).to(torch.int32)
-
-    g_idx = (torch.arange(k) // group).to(torch.int32)
-    return {
-        "qweight": words(k * bits // 32, n),
-        "qzeros": words(groups, n * bits // 32),
-        "scales": (torch.rand(groups, n, generator=g) * 0.01 + 0.001).to(
-            scales.get("dtype", torch.float16)
-        ),
-        "g_idx": g_idx[torch.randperm(k, generator=g)] if act_order else g_idx,
-    } | ({"bias": torch.randn(n, generator=g).half()} if bias else {})
 
 
 def definition(tensors, bits, version):
@@ -48,12 +25,6 @@ def definition(tensors, bits, version):
     ])  # fmt: skip
 
 
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("act_order", [False, True])
@@ -63,39 +34,33 @@ def test_against_the_definition(bits, version, act_order):
     layer = form.read(tensors)
     expected = definition(tensors, bits, version)
     step = tensors["scales"].double()[tensors["g_idx"].long()].T
-    difference = ((layer.dequantize(torch.float64) - expected) / step).abs()
-    assert difference.max() <= layer.error * 1.0001
-    assert layer.error <= 2**-11 * 2**bits
+    check_values(layer, expected, step, bits)
     same(form.write(layer), tensors)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_symmetric_files_are_exact(bits):
     tensors = checkpoint(bits=bits)
-    middle = {2: 0xAAAAAAAA, 4: 0x88888888, 8: 0x80808080}
-    if bits == 3:
-        tensors["qzeros"] = GPTQ(3, 32, 2).write(GPTQ(3, 32, 2).read(tensors))["qzeros"]
-        row = [0x24924924, 0x49249249, 0x92492492]  # dense stream of 4s
-        words = torch.tensor(row * 2, dtype=torch.int64).to(torch.int32).expand(4, 6)
-        assert bit_stream(words[0], 3) == [4] * 64
-    else:
-        words = torch.full((4, 64 * bits // 32), middle[bits], dtype=torch.int64).to(torch.int32)
-    tensors["qzeros"] = words
+    words = {
+        2: [0xAAAAAAAA],
+        3: [0x24924924, 0x49249249, 0x92492492],
+        4: [0x88888888],
+        8: [0x80808080],
+    }[bits]
+    assert set(bit_stream(words, bits)) == {1 << (bits - 1)}
+    tensors["qzeros"] = int32(*words).repeat(4, 2 * bits // len(words))
     layer = GPTQ(bits, 32, 2).read(tensors)
     assert layer.error == 0
     assert torch.equal(layer.dequantize(torch.float64), definition(tensors, bits, 2))
 
 
 def test_the_sheets_words():
-    def words(*values):
-        return torch.tensor(values, dtype=torch.int64).to(torch.int32)
-
     tensors = checkpoint(32, 32)
-    tensors["qweight"] = words(0x76543210, 0, 0, 0)[:, None].repeat(1, 32)
+    tensors["qweight"] = int32(0x76543210, 0, 0, 0)[:, None].repeat(1, 32)
     codes = GPTQ(4, 32, 2).read(tensors)
     assert reference.unpack(codes.weight)[0][0, 0, :8].tolist() == list(range(8))
     tensors = checkpoint(32, 32, bits=3)
-    tensors["qweight"] = words(0x88FAC688, 0xC688FAC6, 0xFAC688FA)[:, None].repeat(1, 32)
+    tensors["qweight"] = int32(0x88FAC688, 0xC688FAC6, 0xFAC688FA)[:, None].repeat(1, 32)
     codes = GPTQ(3, 32, 2).read(tensors)
     assert reference.unpack(codes.weight)[0][0, 0].tolist() == [i % 8 for i in range(32)]
 

@@ -19,8 +19,8 @@ from fastweights.quantization.formats.check import Tensors
 from fastweights.quantization.formats.layer import Layer
 
 __all__ = [
-    "FLOATS", "Affine", "container", "from_layer", "group_count", "group_width", "input_order",
-    "pack_rows", "row_parts", "to_layer",
+    "FLOATS", "Affine", "container", "from_layer", "group_count", "group_width", "input_groups",
+    "input_order", "pack_rows", "row_parts", "to_layer",
 ]  # fmt: skip
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,6 +108,14 @@ def input_order(tensors: Tensors, name: str, g_idx: Tensor, group_size: int) -> 
             name, f"{group_size} inputs in every group", f"{int(counts[wrong])} in group {wrong}"
         )
     return order
+
+
+def input_groups(format: str, source: Affine) -> Tensor:
+    """The g_idx of a file: int32 ``[K]``, group of each input."""
+    inputs = source.shape[1]
+    width = group_width(format, source.group_size, inputs)
+    groups = torch.arange(inputs, dtype=torch.int32) // width
+    return groups if source.order is None else groups[source.order.argsort()]
 
 
 def row_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:

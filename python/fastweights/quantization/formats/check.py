@@ -72,7 +72,7 @@ def setting(format: str, config: Mapping[str, Any], key: str, allowed: Sequence[
     """An entry of a quantization config that is one of `allowed`; a missing one counts as None."""
     value = config.get(key)
     if not any(value == a and type(value) is type(a) for a in allowed):
-        raise ValueError(f"{format}: {key}: expected one of {list(allowed)}, got {value!r}")
+        raise ValueError(f"{format}: {key}: expected one of {list(allowed)}, got {value!r:.80}")
     return value
 
 
@@ -81,6 +81,6 @@ def integer_setting(format: str, config: Mapping[str, Any], *keys: str) -> int:
     for key in keys:
         if key in config:
             if type(config[key]) is not int:
-                raise ValueError(f"{format}: {key}: expected an integer, got {config[key]!r}")
+                raise ValueError(f"{format}: {key}: expected an integer, got {config[key]!r:.80}")
             return int(config[key])
     raise ValueError(f"{format}: {keys[0]}: expected an integer, got none")

@@ -151,9 +151,7 @@ class GPTQ:
             "scales": source.scale.T.contiguous(),
         }
         if self.g_idx or source.order is not None:
-            width = affine.group_width(_FORMAT, self.group_size, k)
-            g_idx = torch.arange(k, dtype=torch.int32) // width
-            tensors["g_idx"] = g_idx if source.order is None else g_idx[source.order.argsort()]
+            tensors["g_idx"] = affine.input_groups(_FORMAT, source)
         if source.bias is not None:
             tensors["bias"] = source.bias
         return tensors
