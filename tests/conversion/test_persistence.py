@@ -5,6 +5,7 @@ import torch
 
 import fastweights as fw
 from fastweights.integrations.gguf import load_gguf
+from fastweights.nn import QuantizedLinear
 
 from .conftest import random_tokens, shake, tiny
 
@@ -59,6 +60,24 @@ def test_quantized_models_are_saved_packed(recipe, tmp_path, tokenizer):
     (tmp_path / "fastweights.json").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
     config["fastweights"]["quantized"][0]["format"] = "int3"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the entry quantized of config\.json is damaged"):
+        fw.load(tmp_path)
+
+
+def test_an_order_of_the_inputs_is_saved(tmp_path, tokenizer):
+    model = tiny(hidden_size=64, intermediate_size=96)
+    fw.quantize_(model, "int4", group_size=32)
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = QuantizedLinear(mlp.down_proj.weight, None, torch.randperm(96))
+    fw.save(model, tokenizer, tmp_path)
+    again, _ = fw.load(tmp_path)
+    tokens = random_tokens(2, 30)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    (tmp_path / "fastweights.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    for entry in config["fastweights"]["quantized"]:
+        entry["ordered"] = 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"the entry quantized of config\.json is damaged"):
         fw.load(tmp_path)

@@ -106,6 +106,24 @@ def test_fused_linears_give_the_same_bits(bias):
         assert_equal(part, one(x))
 
 
+def test_ordered_inputs():
+    order = torch.randperm(100)
+    linear = nn.Linear(100, 48)
+    weight = fw.quantize(linear.weight[:, order], "int8", group_size=32)
+    module = QuantizedLinear(weight, linear.bias, order)
+    x = torch.randn(5, 100)
+    assert_close(module(x), linear(x), tolerance=0.02)
+    assert repr(module).endswith("activation=float, ordered)")
+    assert_equal(fuse_linears([module, module])(x), torch.cat([module(x)] * 2, -1))
+    plain = QuantizedLinear(weight, linear.bias)
+    with pytest.raises(ValueError, match="fuse_linears: expected layers of one order"):
+        fuse_linears([module, plain])
+    with pytest.raises(ValueError, match="order: expected int64, a permutation of 0 to 99"):
+        QuantizedLinear(weight, None, torch.zeros(100).long())
+    with pytest.raises(ValueError, match="order: expected int64, a permutation of 0 to 99"):
+        module.load_state_dict(module.state_dict() | {"order": order[:-1]})
+
+
 def test_linears_that_do_not_fuse():
     odd = QuantizedLinear.from_linear(nn.Linear(100, 37), "int4")
     with pytest.raises(ValueError, match="multiples of 16"):

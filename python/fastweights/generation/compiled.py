@@ -64,6 +64,10 @@ class Program:
         final_norm = _part(decoder, "norm")
         _require(epsilons == {_epsilon(final_norm)}, "one epsilon for all norms")
 
+        _require(
+            all(linear.order is None for linear in [*linears, head]), "inputs in their own order"
+        )
+
         biased = any(linear.bias is not None for linear in linears)
         self.arguments: dict[str, Any] = {
             "weights": [linear.packed for linear in linears],

@@ -69,13 +69,16 @@ def _check_packed(packed: Tensor, like: QuantizedTensor, name: str) -> None:
 class QuantizedLinear(_Quantized):
     """``y = x W^T + bias`` with W of 4 or 8 bits (`fastweights.quantized_linear`).
 
-    The weight is frozen; the gradient flows to x and to bias. state_dict: ``packed`` (uint8) and
-    ``bias`` if there is one; format, group size and activation are the constructor's, as the sizes
-    of an `nn.Linear` are.
+    The weight is frozen; the gradient flows to x and to bias. state_dict: ``packed`` (uint8),
+    ``bias`` and ``order`` if there are any; format, group size and activation are the
+    constructor's, as the sizes of an `nn.Linear` are.
 
     Args:
         weight: ``[out_features, in_features]`` from `fastweights.quantize`.
         bias: ``[out_features]`` or None.
+        order: int64 ``[in_features]``, a permutation, or None: column j of `weight` meets
+            ``x[..., order[j]]``. Checkpoints of GPTQ with act-order group their inputs in another
+            order than they come in.
 
     Example:
         >>> import torch
@@ -86,10 +89,16 @@ class QuantizedLinear(_Quantized):
     """
 
     bias: nn.Parameter | None
+    order: Tensor | None
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedTensor, bias: Tensor | None = None, order: Tensor | None = None
+    ) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = self.shape
+        self.register_buffer("order", order)
+        if order is not None:
+            _check_order(order, self.in_features, "order")
         if bias is None or isinstance(bias, nn.Parameter):
             self.bias = bias
         else:
@@ -117,13 +126,33 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         return quantized_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, format and activation mode."""
+        ordered = "" if self.order is None else ", ordered"
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"{super().extra_repr()}, activation={self.activation}"
+            f"{super().extra_repr()}, activation={self.activation}{ordered}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        order = state_dict.get(prefix + "order")
+        if order is not None:
+            _check_order(order, self.in_features, prefix + "order")
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
+
+def _check_order(order: Tensor, inputs: int, name: str) -> None:
+    fits = order.dtype == torch.int64 and tuple(order.shape) == (inputs,)
+    if not fits or not (order.is_meta or torch.equal(order.sort()[0], torch.arange(inputs))):
+        raise ValueError(
+            f"{name}: expected int64, a permutation of 0 to {inputs - 1}, "
+            f"got {order.dtype} {list(order.shape)}"
         )
 
 
@@ -183,6 +212,8 @@ def fuse_linears(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
                     f"fuse_linears: expected layers of one {name}, got {getattr(first, name)} "
                     f"and {getattr(layer, name)}"
                 )
+        if not _same_order(layer.order, first.order):
+            raise ValueError("fuse_linears: expected layers of one order of the inputs, got two")
         if (layer.bias is None) != (first.bias is None):
             raise ValueError("fuse_linears: expected all layers or none to have a bias")
     for layer in layers[:-1]:
@@ -196,4 +227,8 @@ def fuse_linears(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
     weight = QuantizedTensor(packed, first.format, shape, first.group_size, first.activation)
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat([b.detach() for b in biases]) if biases else None
-    return QuantizedLinear(weight, bias).train(first.training)
+    return QuantizedLinear(weight, bias, first.order).train(first.training)
+
+
+def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

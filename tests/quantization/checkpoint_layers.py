@@ -1,0 +1,87 @@
+"""Layers of checkpoints with random bits throughout, and bit streams read one code at a time."""
+
+import torch
+
+
+def int32(*values):
+    """Words above 2^31 too."""
+    return torch.tensor(values, dtype=torch.int64).to(torch.int32)
+
+
+def random_words(generator, *shape):
+    return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+
+
+def bit_stream(words, bits):
+    """Codes of a little-endian stream of 32-bit words."""
+    number = sum((int(w) & 0xFFFFFFFF) << (32 * i) for i, w in enumerate(words))
+    return [(number >> (bits * i)) & ((1 << bits) - 1) for i in range(len(words) * 32 // bits)]
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def check_values(layer, expected, steps, bits):
+    """Within what the layer says, which is what float16 may do to a minimum."""
+    change = (layer.dequantize(torch.float64) - expected).abs() / steps
+    assert change.max() <= layer.error * 1.0001
+    roundings = 1 if layer.scale is None else 2
+    assert layer.error <= roundings * 2**-11 * 2**bits
+
+
+def gptq(n=64, k=128, bits=4, group=32, act_order=False, bias=True, seed=0, dtype=torch.float16):
+    g = torch.Generator().manual_seed(seed)
+    groups = -(-k // group)
+    g_idx = (torch.arange(k) // group).to(torch.int32)
+    return {
+        "qweight": random_words(g, k * bits // 32, n),
+        "qzeros": random_words(g, groups, n * bits // 32),
+        "scales": (torch.rand(groups, n, generator=g) * 0.01 + 0.001).to(dtype),
+        "g_idx": g_idx[torch.randperm(k, generator=g)] if act_order else g_idx,
+    } | ({"bias": torch.randn(n, generator=g).half()} if bias else {})
+
+
+def awq(n=64, k=128, group=32, bias=True, seed=0, dtype=torch.float16):
+    g = torch.Generator().manual_seed(seed)
+    groups = -(-k // group)
+    return {
+        "qweight": random_words(g, k, n // 8),
+        "qzeros": random_words(g, groups, n // 8),
+        "scales": (torch.rand(groups, n, generator=g) * 0.01 + 0.001).to(dtype),
+    } | ({"bias": torch.randn(n, generator=g).half()} if bias else {})
+
+
+def compressed_tensors(
+    n=48, k=100, bits=4, group=32, symmetric=True, dense=True, act_order=False, seed=0,
+    dtype=torch.bfloat16,
+):  # fmt: skip
+    """Bits beyond the last code are 0, as in files."""
+    g = torch.Generator().manual_seed(seed)
+    groups = -(-k // group)
+
+    def stream(rows, count):
+        if dense:
+            words = random_words(g, rows, -(-count * bits // 32))
+            used = count * bits - 32 * (words.shape[1] - 1)
+            words[:, -1] &= int32((1 << used) - 1)
+        else:
+            each = 32 // bits
+            words = random_words(g, rows, -(-count // each)) & int32((1 << each * bits) - 1)
+            used = (count - each * (words.shape[1] - 1)) * bits
+            words[:, -1] &= int32((1 << used) - 1)
+        return words
+
+    tensors = {
+        "weight_packed": stream(n, k),
+        "weight_shape": torch.tensor([n, k]),
+        "weight_scale": (torch.rand(n, groups, generator=g) * 0.01 + 0.001).to(dtype),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = stream(groups, n).T.contiguous()
+    if act_order:
+        g_idx = (torch.arange(k) // group).to(torch.int32)
+        tensors["weight_g_idx"] = g_idx[torch.randperm(k, generator=g)]
+    return tensors
