@@ -18,6 +18,7 @@ MODULES = (
     "fastweights.integrations.fla.modules",
     "fastweights.integrations.fla.ops",
     "fastweights.nn",
+    "fastweights.optim",
     "fastweights.reference",
     "fastweights.testing",
 )
