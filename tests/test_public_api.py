@@ -19,6 +19,7 @@ MODULES = (
     "fastweights.integrations.fla.ops",
     "fastweights.integrations.transformers",
     "fastweights.nn",
+    "fastweights.optim",
     "fastweights.quantization.formats",
     "fastweights.reference",
     "fastweights.testing",

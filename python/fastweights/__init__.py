@@ -3,6 +3,7 @@
 from fastweights import _load as _load
 from fastweights import functional as functional
 from fastweights import nn as nn
+from fastweights import optim as optim
 from fastweights import reference as reference
 from fastweights._config import show_config
 from fastweights.conversion import (

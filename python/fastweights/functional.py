@@ -10,6 +10,12 @@ from fastweights.ops.decoding.functional import decode_step
 from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
 from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
+from fastweights.ops.optim.functional import (
+    dequantize_blockwise,
+    dynamic_map,
+    optimizer_step,
+    quantize_blockwise,
+)
 from fastweights.ops.quantization.functional import (
     dequantize,
     dequantize_rows,
@@ -24,13 +30,17 @@ __all__ = [
     "delta_rule",
     "delta_rule_step",
     "dequantize",
+    "dequantize_blockwise",
     "dequantize_rows",
+    "dynamic_map",
     "gated_rms_norm",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "optimizer_step",
     "quantize",
+    "quantize_blockwise",
     "quantized_linear",
     "rms_norm",
     "window_attention",

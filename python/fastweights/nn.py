@@ -23,6 +23,7 @@ from fastweights.ops.linear_attention.transnormer import (
 )
 from fastweights.ops.norms.layers import SRMSNorm
 from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear, fuse_linears
+from fastweights.optim.embedding import StableEmbedding
 
 __all__ = [
     "DPFPFeatureMap",
@@ -44,6 +45,7 @@ __all__ = [
     "QuantizedLinear",
     "SRMSNorm",
     "ShortConvolution",
+    "StableEmbedding",
     "T2RFeatureMap",
     "TaylorFeatureMap",
     "TransNormerBlock",

@@ -10,6 +10,12 @@ from fastweights.ops.decoding.reference import decode_step
 from fastweights.ops.delta_rule.reference import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.reference import linear_attention, linear_attention_step
 from fastweights.ops.norms.reference import gated_rms_norm, rms_norm
+from fastweights.ops.optim.reference import (
+    dequantize_blockwise,
+    dynamic_map,
+    optimizer_step,
+    quantize_blockwise,
+)
 from fastweights.ops.quantization.reference import (
     dequantize,
     dequantize_rows,
@@ -24,13 +30,17 @@ __all__ = [
     "delta_rule",
     "delta_rule_step",
     "dequantize",
+    "dequantize_blockwise",
     "dequantize_rows",
+    "dynamic_map",
     "gated_rms_norm",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "optimizer_step",
     "quantize",
+    "quantize_blockwise",
     "quantized_linear",
     "rms_norm",
     "window_attention",

@@ -74,14 +74,18 @@ def refuse_gradients(op: str) -> None:
     """Make the in-place op ``op`` raise when an input would need a gradient through it."""
     overload = getattr(torch.ops.fastweights, op).default
     differentiable = op.removesuffix("_step").removesuffix("_update")
+    known = hasattr(torch.ops.fastweights, differentiable)
+    instead = f" or use fastweights.{differentiable}" if known else ""
+
+    def needs_gradient(value: object) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(needs_gradient, value))
+        return isinstance(value, Tensor) and value.requires_grad
 
     def guard(*args: object, **kwargs: object) -> object:
-        if torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
-        ):
+        if torch.is_grad_enabled() and any(map(needs_gradient, (*args, *kwargs.values()))):
             raise NotImplementedError(
-                f"{op}: works in place and has no gradient; call it under torch.no_grad() "
-                f"or use fastweights.{differentiable}"
+                f"{op}: works in place and has no gradient; call it under torch.no_grad(){instead}"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args, **kwargs)
