@@ -46,12 +46,8 @@ MODELS = {
         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }),
 }  # fmt: skip
-CASES = {
-    "qwen3_next-float32": 1024,
-    "qwen3_next-bfloat16": 1024,
-    "kimi_linear-float32": 512,  # the original takes a gigabyte a layer to train on these
-}
-STEPS, ROUNDS = 32, 3
+CASES = ("qwen3_next-float32", "qwen3_next-bfloat16", "kimi_linear-float32")
+PROMPT, STEPS, ROUNDS = 512, 32, 3
 WAYS = {"as it is": contextlib.nullcontext, "patched": patched}
 # The parts of the time: functions that `patch` replaces, by what their names contain, and ops.
 CALLS = {"delta rule": "delta_", "short convolution": "causal_conv1d", "gated norm": "RMSNormGated"}
@@ -243,7 +239,7 @@ def main(cases, out=RESULTS):
     path = out / "transformers_patch.json"
     for case in cases or CASES:
         name, dtype = case.split("-")
-        result = measure(name, getattr(torch, dtype), CASES[case])
+        result = measure(name, getattr(torch, dtype), PROMPT)
         results = json.loads(path.read_text()) if path.exists() else {}
         results[case] = result
         path.write_text(json.dumps(results, indent=1) + "\n")
