@@ -105,7 +105,7 @@ HERE = $$($(PY) -c "from fastweights.testing import available_cpu_levels; print(
 asan: build
 	$(call package,asan,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=$(HERE))
 	$(call with-package,asan,$(SANITIZERS)) $(GENERIC) -k "not compiles and not opcheck and not float64"
-	$(call self-test,asan-self,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=2)
+	$(call self-test,asan-self,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=1)
 
 wide: build
 	$(call package,wide,-DFASTWEIGHTS_WIDE=ON -DFASTWEIGHTS_LEVELS=2)
