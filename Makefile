@@ -41,13 +41,12 @@ test: build
 
 # In a folder of its own: transformers would otherwise find fla and call its Triton functions in every other test.
 PEERS := build/peers
-FLA := 0.6.0
-$(PEERS)/fla-$(FLA).stamp: $(VENV)/torch.stamp
+$(PEERS)/peers.stamp: $(VENV)/torch.stamp tests/peers/requirements.txt
 	rm -rf $(PEERS)
-	$(PY) -m pip install -q --no-deps --target $(PEERS) flash-linear-attention==$(FLA) fla-core==$(FLA) einops==0.8.2 triton==3.9.0
+	$(PY) -m pip install -q --no-deps --target $(PEERS) -r tests/peers/requirements.txt
 	touch $@
 
-test-peers: build $(PEERS)/fla-$(FLA).stamp
+test-peers: build $(PEERS)/peers.stamp
 	OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/$(PEERS) $(PY) -m pytest tests/peers
 
 smoke: build

@@ -113,7 +113,8 @@ class LinearizedAttention(nn.Module):
         self.original = False
         self.on_transfer: Callable[[Tensor, Tensor], None] | None = None
 
-        heads, key_dim, weight = self.num_heads, self.head_dim, self.q_proj.weight
+        heads, key_dim = self.num_heads, self.head_dim
+        weight = next(iter(self.q_proj.state_dict().values()))  # packed or not
         state_heads = self.num_key_value_heads if recipe.shared else heads
         self.feature_q = HedgehogFeatures(heads, key_dim, recipe.feature_dim, gain=recipe.gain)
         self.feature_k = HedgehogFeatures(

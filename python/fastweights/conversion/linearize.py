@@ -130,7 +130,7 @@ def _check_same_attention(model: Any, attention: Any) -> None:
     """
     from fastweights.integrations.transformers.converted import softmax_mask
 
-    weight = attention.q_proj.weight
+    weight = next(model.parameters())  # the projections may be packed
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, attention.q_proj.in_features, generator=generator).to(weight)
     kind = type(attention).__name__

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastweights.adapters.lora import LoRALinear
+from fastweights.conversion.checkpoints import load_checkpoint
+from fastweights.conversion.files import check_tensors, first_line, read_json, read_tensors
 from fastweights.conversion.linearize import convert
 from fastweights.conversion.recipes import Recipe
+from fastweights.ops.quantization.tensor import ACTIVATIONS
 
 _MANIFEST = "fastweights.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_OLD_GPTQ = "quantize_config.json"  # of AutoGPTQ, before config.json had a place for it
 
 
 def save(model: Any, tokenizer: Any, path: str | Path) -> None:
@@ -60,14 +62,26 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in first.values()}
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "float",
+    dequantize: bool = False,
+) -> tuple[Any, Any]:
     """Opens a model folder of `save`, `save_pretrained` or Hugging Face, or a GGUF file.
 
-    Nothing in it is executed: no remote code, no pickle. Sums written by `save` are verified.
+    Quantized checkpoints keep their codes: GPTQ, AWQ and compressed-tensors folders have
+    `fastweights.nn.QuantizedLinear` where they have a quantized layer (docs/checkpoints.md lists
+    what is read). Nothing in a folder is executed: no remote code, no pickle. Sums written by
+    `save` are verified.
 
     Args:
         path: the folder or file.
         dtype: of the floating-point weights.
+        activation: what quantized layers of such checkpoints do with their input, see
+            `fastweights.quantize`.
+        dequantize: give such checkpoints float layers instead, to be trained or converted.
 
     Returns:
         (model, tokenizer), the model in evaluation mode.
@@ -75,6 +89,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     Raises:
         ValueError: the path does not exist, or what it holds is damaged or no supported model.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"load: expected activation in {ACTIVATIONS}, got {activation!r}")
     source = Path(path)
     if source.is_file():
         from fastweights.integrations.gguf import load_gguf
@@ -87,10 +103,17 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     _verify(source)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    raw = _read_json(source / "config.json")
+    raw = read_json(source / "config.json")
+    quantization = raw.get("quantization_config")
+    if quantization is None and (source / _OLD_GPTQ).is_file():
+        quantization = {"quant_method": "gptq", **read_json(source / _OLD_GPTQ)}
     try:
         if "fastweights" in raw:
             model = _load_converted(source, raw["fastweights"], dtype)
+        elif quantization is not None:
+            model = load_checkpoint(
+                source, quantization, dtype=dtype, activation=activation, dequantize=dequantize
+            )
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -98,7 +121,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, 
         raise
     except Exception as error:  # what a damaged file makes transformers raise has no common type
         raise ValueError(
-            f"load: {source} is damaged or not supported: {_first_line(error)}"
+            f"load: {source} is damaged or not supported: {first_line(error)}"
         ) from error
     return model.eval(), tokenizer
 
@@ -123,22 +146,9 @@ def _load_converted(source: Path, description: Any, dtype: torch.dtype) -> Any:
     if "quantized" in description:
         tied |= prepare_quantized(model, description["quantized"])
         model.config.fastweights = description
-    tensors = _read_tensors(source)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in tensors.items():
-        if name not in own:
-            raise ValueError(f"load: {source} has an unknown tensor {name}")
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"load: expected {name} of shape {list(own[name].shape)} in {source}, "
-                f"got {list(tensor.shape)}"
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"load: {name} in {source} has values that are not finite")
-    result = model.load_state_dict(tensors, strict=False)
-    missing = [name for name in result.missing_keys if name not in tied]
-    if missing:
-        raise ValueError(f"load: {source} lacks {len(missing)} tensors, the first is {missing[0]}")
+    tensors = read_tensors(source)
+    check_tensors(source, model, tensors, tied)
+    model.load_state_dict(tensors, strict=False)
     return model
 
 
@@ -160,31 +170,11 @@ def _parse(source: Path, description: Any) -> tuple[Recipe | None, list[int]]:
         ) from error
 
 
-def _read_tensors(source: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    names = [_WEIGHTS]
-    if (source / _INDEX).is_file():
-        names = sorted(set(_read_json(source / _INDEX).get("weight_map", {}).values()))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"load: {source / _INDEX} points outside its folder: {name}")
-        try:
-            tensors.update(load_file(source / name))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"load: {source / name} is missing, truncated or damaged: {_first_line(error)}"
-            ) from error
-    return tensors
-
-
 def _verify(source: Path) -> None:
     manifest = source / _MANIFEST
     if not manifest.is_file():
         return
-    sums = _read_json(manifest).get("sha256")
+    sums = read_json(manifest).get("sha256")
     if not isinstance(sums, dict):
         raise ValueError(f"load: {manifest} is damaged: expected an object sha256")
     for name, expected in sums.items():
@@ -197,23 +187,9 @@ def _verify(source: Path) -> None:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"load: {path} is damaged: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"load: {path} is damaged: expected an object")
-    return value
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,139 @@
+"""Opening quantized checkpoints of other programs: their layers are packed, not quantized anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastweights.conversion.files import check_tensors, read_tensors
+from fastweights.ops.quantization.layers import QuantizedLinear
+from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.registry import Format, format_of
+
+__all__ = ["empty_model", "fill_model", "load_checkpoint", "put_layer"]
+
+
+def load_checkpoint(
+    source: Path, quantization: Any, *, dtype: torch.dtype, activation: str, dequantize: bool
+) -> Any:
+    """A model from a Hugging Face folder whose config.json has a quantization_config.
+
+    Args:
+        source: the folder.
+        quantization: its quantization_config.
+        dtype: of everything that is not packed.
+        activation: see `fastweights.quantize`.
+        dequantize: make float layers instead of packed ones.
+
+    Raises:
+        ValueError: a format that is not read here, or damaged files.
+    """
+    from transformers import AutoConfig
+
+    form = format_of(quantization)
+    config = AutoConfig.from_pretrained(source)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = empty_model(config, dtype)
+    tensors = read_tensors(source)
+    done = _read_layers(model, form, tensors, dtype, activation, dequantize)
+    fill_model(source, model, tensors, dtype, done)
+    return model
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """A causal language model whose parameters take no memory yet."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in model.modules():
+        if module._non_persistent_buffers_set:  # such as rotary frequencies, which no file holds
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+    return model
+
+
+def put_layer(
+    model: nn.Module, name: str, layer: Layer, dtype: torch.dtype, dequantize: bool
+) -> set[str]:
+    """Exchanges the linear layer `name` of an empty model.
+
+    Returns:
+        State-dict names that are there now.
+
+    Raises:
+        ValueError: another shape than the model's, or no bias where it has one.
+    """
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    shape = (linear.out_features, linear.in_features)
+    if layer.weight.shape != shape:
+        raise ValueError(
+            f"load: expected {name} of shape {list(shape)}, got {list(layer.weight.shape)}"
+        )
+    if linear.bias is not None and layer.bias is None:
+        raise ValueError(f"load: {name} has no bias where the model has one")
+    bias = None if layer.bias is None else layer.bias.to(dtype, copy=True)
+    put: nn.Module = QuantizedLinear(layer.weight, bias, layer.order)
+    if dequantize:
+        put = nn.Linear(shape[1], shape[0], bias=bias is not None, device="meta")
+        put.weight = nn.Parameter(layer.dequantize(dtype))
+        if bias is not None:
+            put.bias = nn.Parameter(bias)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, put)
+    return {f"{name}.{part}" for part in put.state_dict()}
+
+
+def fill_model(
+    source: Path, model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, done: set[str]
+) -> None:
+    """Copies the other tensors of a checkpoint into an empty model.
+
+    Args:
+        source: for messages.
+        model: from `empty_model`, its quantized layers put.
+        tensors: by state-dict names; they may lie in a mapped file.
+        dtype: of the copies of floating-point tensors.
+        done: state-dict names that are there already.
+
+    Raises:
+        ValueError: tensors that the model does not have, or that are missing.
+    """
+    check_tensors(source, model, tensors, done | set(model.all_tied_weights_keys))
+    copies = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
+    model.load_state_dict(copies, strict=False, assign=True)
+    model.tie_weights()
+
+
+def _read_layers(
+    model: nn.Module,
+    form: Format,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    activation: str,
+    dequantize: bool,
+) -> set[str]:
+    """Puts the quantized layers, whose tensors are taken out of `tensors`."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, part = name.rpartition(".")
+        parts.setdefault(owner, {})[part] = tensor
+    done: set[str] = set()
+    for name in [n for n, m in model.named_modules() if type(m) is nn.Linear]:
+        if form.key in (own := parts.get(name, {})):
+            layer = form.read(own, name, activation=activation)
+            done |= put_layer(model, name, layer, dtype, dequantize)
+            for part in own:
+                del tensors[f"{name}.{part}"]
+    if not done:
+        raise ValueError(f"load: expected layers with {form.key} in the model, found none")
+    return done
