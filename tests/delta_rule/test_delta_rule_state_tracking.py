@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import fastweights as fw
+import fastweights.nn as fnn
 from fastweights.data import parity, permutation_words, symmetric_group
 
 FORMS = ("recurrent", "chunked")
@@ -197,3 +198,53 @@ def test_one_factor_never_comes_back_after_three_steps():
     )
     assert (after_three >= 0.75 * moved - 1e-9).all()
     assert torch.equal(THREE_CYCLE.matrix_power(3), torch.eye(3).double())
+
+
+# ---- the layers, with weights written by hand; tokens come as one-hot vectors -----------------
+
+
+def before_silu(y):
+    """The x >= -1 of silu(x) = y, for y above its minimum there; by halving."""
+    low, high = torch.full_like(y, -1.0), torch.full_like(y, 9.0)
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = F.silu(middle) < y
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low
+
+
+@torch.no_grad()
+def test_a_delta_net_layer_holds_parity():
+    layer = fnn.DeltaNet(
+        hidden_size=2, num_heads=1, expand_k=0.5, expand_v=0.5, use_short_conv=False,
+        allow_neg_eigval=True,
+    )  # fmt: skip
+    layer.b_proj.weight[:] = torch.tensor([-200.0, 200.0])  # beta of 0 and 2
+    for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+        projection.weight.fill_(100.0)
+    layer.o_proj.weight.fill_(1.0)
+    bits, labels = parity(4, 4096, generator=seeded())
+    y, _ = layer(F.one_hot(bits).float())
+    assert_close(y, labels[..., None].expand(-1, -1, 2).float(), rtol=0, atol=0.01)
+
+
+@torch.no_grad()
+def test_a_delta_product_layer_holds_words_of_three_things():
+    group = symmetric_group(3)
+    layer = fnn.GatedDeltaProduct(
+        hidden_size=6, head_dim=3, num_heads=1, expand_v=1, num_householder=2,
+        use_short_conv=False, use_forget_gate=False, use_output_gate=False,
+    )  # fmt: skip
+    k, beta = householder_table(3)
+    small = 0.25 * k.flatten(1).T  # silu does not go below -0.278
+    layer.k_proj.weight[:] = before_silu(small)
+    layer.v_proj.weight[:] = before_silu(-small)
+    layer.b_proj.weight[:] = 200 * (beta.T - 1)
+    layer.q_proj.weight[:] = before_silu(torch.arange(3.0))[:, None]
+    layer.o_proj.weight[:] = torch.eye(6, 3)
+    tokens, labels = permutation_words(4, 1024, generator=seeded())
+    y, _ = layer(F.one_hot(tokens).float())
+    # The layer's norm leaves the direction of (P - I)^T q.
+    moved = (group - group[0]).float()
+    directions = F.normalize(moved, dim=-1) * math.sqrt(3)
+    assert torch.equal(torch.cdist(y[..., :3], directions).argmin(dim=-1), labels)
