@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from run_notebook import run_notebook
 
 
