@@ -64,7 +64,7 @@ report: build
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
 
 lint: build
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check --no-cache .  # its cache does not see which modules have become our own
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict python/fastweights
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)

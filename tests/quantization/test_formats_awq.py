@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from checkpoint_layers import awq as checkpoint
 from checkpoint_layers import bit_stream, check_values, int32, same
-
 from fastweights.ops.quantization import reference
 from fastweights.quantization.formats import AWQ, GPTQ
 

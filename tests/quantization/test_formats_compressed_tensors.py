@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from checkpoint_layers import bit_stream, check_values, gptq, int32, same
 from checkpoint_layers import compressed_tensors as checkpoint
-
 from fastweights.quantization.formats import GPTQ, CompressedTensors
 
 BITS = [1, 2, 3, 4, 5, 6, 7, 8]

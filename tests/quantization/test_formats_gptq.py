@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checkpoint_layers import bit_stream, check_values, int32, same
-from checkpoint_layers import gptq as checkpoint
 
 import fastweights as fw
+from checkpoint_layers import bit_stream, check_values, int32, same
+from checkpoint_layers import gptq as checkpoint
 from fastweights.ops.quantization import reference
 from fastweights.quantization.formats import GPTQ, Layer
 
