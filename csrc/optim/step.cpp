@@ -64,34 +64,52 @@ FW_INLINE void encode(const float* x, int64_t size, float absmax, uint8_t* codes
   });
 }
 
+// The lanes of a vector that are there.
+FW_INLINE Ints lanes_of(Whole) {
+  return ~Ints{};
+}
+FW_INLINE Ints lanes_of(int64_t n) {
+  Ints lane;
+  for (int i = 0; i < kFloats; ++i) lane[i] = i;
+  return lane < int32_t(n);
+}
+
+// f(0), f(1), ... for the states of a rule, each a constant.
+template <int I>
+struct Constant {
+  constexpr operator int() const { return I; }
+};
+template <typename R, typename F>
+FW_INLINE void for_states(const F& f) {
+  f(Constant<0>{});
+  if constexpr (R::kStates > 1) f(Constant<1>{});
+}
+
 // One block. `numbers` has room for the new states.
 template <typename R, typename S, bool kStochastic>
 FW_INLINE void step_codes(const Run<S>& run, uint8_t* const* codes, float* const* absmax, const Factors<float>& f,
                           float* const* numbers) {
-  Floats scale[R::kStates];
   Ints most[R::kStates] = {}, moved = {};
-  for (int i = 0; i < R::kStates; ++i) scale[i] = set1(*absmax[i]);
   for_vectors<float>(run.size, [&](int64_t j, auto part) {
     Floats p = load_as(run.param + j, part), s[R::kStates];
-    s[0] = level_of<R::kSigned[0]>(kStateMap<R::kSigned[0]>,
-                                   load_bytes(codes[0] + j, part, kStateMap<R::kSigned[0]>.zero));
-    if constexpr (R::kStates > 1) {
-      s[1] = level_of<R::kSigned[1]>(kStateMap<R::kSigned[1]>,
-                                     load_bytes(codes[1] + j, part, kStateMap<R::kSigned[1]>.zero));
-    }
-    for (int i = 0; i < R::kStates; ++i) s[i] *= scale[i];
-    moved |= advance<R, float>(p, load_as(run.grad + j, part), s, f);
+    for_states<R>([&](auto i) {
+      constexpr bool kSigned = R::kSigned[i];
+      const Ints code = load_bytes(codes[i] + j, part, kStateMap<kSigned>.zero);
+      s[i] = level_of<kSigned>(kStateMap<kSigned>, code) * set1(*absmax[i]);
+    });
+    moved |= advance<R, float>(p, load_as(run.grad + j, part), s, f) & lanes_of(part);
     store_param<S, kStochastic>(run, j, p, part);
-    for (int i = 0; i < R::kStates; ++i) {
+    for_states<R>([&](auto i) {
       store(numbers[i] + j, s[i]);
       most[i] = max(most[i], magnitude_bits(s[i]));
-    }
+    });
   });
   // Coding is not idempotent where the extreme is negative, since -1 is no level: a block that stays, stays as it is.
   if (reduce_max<int32_t>(-moved) == 0) return;
-  for (int i = 0; i < R::kStates; ++i) *absmax[i] = bit_cast<float>(reduce_max<int32_t>(most[i]));
-  encode<R::kSigned[0]>(numbers[0], run.size, *absmax[0], codes[0]);
-  if constexpr (R::kStates > 1) encode<R::kSigned[1]>(numbers[1], run.size, *absmax[1], codes[1]);
+  for_states<R>([&](auto i) {
+    *absmax[i] = bit_cast<float>(reduce_max<int32_t>(most[i]));
+    encode<R::kSigned[i]>(numbers[i], run.size, *absmax[i], codes[i]);
+  });
 }
 
 template <typename R, typename S, bool kStochastic>

@@ -142,6 +142,17 @@ def test_gradients_that_are_no_numbers_change_nothing(rule, bad):
         assert ((new - old).abs() <= scale * 0.9 / 64 / 2 * 1.01)[where].all()
 
 
+@RULES
+def test_a_last_block_without_a_number_is_not_touched(rule):
+    call = example(rule, [(259,)])
+    call.args[1][0][256:] = torch.nan
+    before, after = call.map_tensors(torch.clone), outcome(call)
+    assert torch.equal(after.args[0][0][256:], before.args[0][0][256:])
+    for s in range(len(STATES[rule])):
+        assert torch.equal(after.args[2 + s][0][256:], before.args[2 + s][0][256:])
+        assert after.args[4 + s][0][1] == before.args[4 + s][0][1]
+
+
 def test_a_square_that_overflows_changes_nothing():
     call = example("adam", [(300,)])
     call.args[1][0][7] = 1e25

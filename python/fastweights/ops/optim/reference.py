@@ -46,7 +46,7 @@ def quantize_blockwise(
     """The definition of `fastweights.functional.quantize_blockwise`."""
     blocks = _blocks(x.float(), block_size)
     absmax = blocks.abs().amax(1)
-    levels = dynamic_map(signed)
+    levels = dynamic_map(signed).to(x.device)
     middles = (levels[1:].double() + levels[:-1].double()) / 2
     scaled = (blocks.double() / absmax[:, None]).nan_to_num(0)
     codes = torch.bucketize(scaled, middles).to(torch.uint8)
@@ -57,7 +57,7 @@ def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, *, signed: bool = True, block_size: int = 256
 ) -> Tensor:
     """The definition of `fastweights.functional.dequantize_blockwise`."""
-    levels = dynamic_map(signed)[codes.flatten().long()]
+    levels = dynamic_map(signed).to(codes.device)[codes.flatten().long()]
     scale = absmax.repeat_interleave(block_size)[: codes.numel()]
     return (levels * scale).view(codes.shape)
 
@@ -128,8 +128,8 @@ def _random_bits(numel: int, seed: int, first_task: int) -> Tensor:
 
 def _round_at_random(x: Tensor, seed: int, first_task: int) -> Tensor:
     bits = x.flatten().view(torch.int32).long() & 0xFFFFFFFF
-    sum = bits + _random_bits(x.numel(), seed, first_task)
-    up = ((sum & 0xFFFF0000) << 32 >> 32).int().view(torch.float32)
+    carried = bits + _random_bits(x.numel(), seed, first_task).to(x.device)
+    up = ((carried & 0xFFFF0000) << 32 >> 32).int().view(torch.float32)
     return torch.where(x.flatten().isfinite(), up, x.flatten()).view(x.shape).to(torch.bfloat16)
 
 

@@ -12,31 +12,25 @@ from fastweights.testing.opspec import Peer, Sample, sample
 
 __all__ = ["BITSANDBYTES", "TORCH", "TORCHAO"]
 
-
-def _parameters(call: Sample) -> list[Tensor]:
-    """Parameters of their own, with their gradients."""
-    parameters: list[Tensor] = []
-    for p, g in zip(*call.args[:2], strict=True):
-        parameter = torch.nn.Parameter(p.clone())
-        parameter.grad = g.clone()
-        parameters.append(parameter)
-    return parameters
+_Make = Callable[[str, list[Tensor], float], Any]
 
 
 def _take_step(optimizer: Any) -> None:
-    optimizer.step()
+    # The tensor subclasses of torchao cannot be under inference mode.
+    with torch.inference_mode(False):
+        optimizer.step()
 
 
-def _adapt(
-    call: Sample, make: Callable[[str, list[Tensor], float], Any], bits: int
-) -> Sample | None:
-    """The step of the optimizer that `make` makes of a rule's name, where there is one."""
-    if bits != (8 if call.args[4] else 32):
+def _adapt(call: Sample, make: _Make, bits: tuple[int, ...]) -> Sample | None:
+    """The optimizer that `make` has for a rule, over parameters of its own."""
+    params, grads, _, _, absmax1, _ = call.args
+    if (8 if absmax1 else 32) not in bits:
         return None
-    try:
-        optimizer = make(call.kwargs["rule"], _parameters(call), call.kwargs["lr"])
-    except ImportError:
-        return None
+    parameters: list[Tensor] = []
+    for p, g in zip(params, grads, strict=True):
+        parameters.append(torch.nn.Parameter(p.clone()))
+        parameters[-1].grad = g.clone()
+    optimizer = make(call.kwargs["rule"], parameters, call.kwargs["lr"])
     return None if optimizer is None else sample(optimizer)
 
 
@@ -48,13 +42,24 @@ def _torch(rule: str, parameters: list[Tensor], lr: float) -> Any:
     return None
 
 
+def _load_bitsandbytes() -> Callable[..., Any]:
+    import bitsandbytes  # noqa: F401
+
+    return _take_step
+
+
 def _bitsandbytes(rule: str, parameters: list[Tensor], lr: float) -> Any:
-    import bitsandbytes
+    from bitsandbytes.optim import AdamW8bit, Lion8bit, SGD8bit
 
     if rule == "momentum":
-        return bitsandbytes.optim.SGD8bit(parameters, lr, momentum=0.9)
-    make = {"adam": bitsandbytes.optim.AdamW8bit, "lion": bitsandbytes.optim.Lion8bit}[rule]
-    return make(parameters, lr)
+        return SGD8bit(parameters, lr, momentum=0.9)
+    return (AdamW8bit if rule == "adam" else Lion8bit)(parameters, lr)
+
+
+def _load_torchao() -> Callable[..., Any]:
+    import torchao.optim  # noqa: F401
+
+    return _take_step
 
 
 def _torchao(rule: str, parameters: list[Tensor], lr: float) -> Any:
@@ -63,18 +68,22 @@ def _torchao(rule: str, parameters: list[Tensor], lr: float) -> Any:
     return AdamW8bit(parameters, lr) if rule == "adam" else None
 
 
-def _fused_for_both(call: Sample) -> Sample | None:
-    """Fused by torch, which has no states of 8 bits: that of 32 stands beside ours of either."""
-    return _adapt(call, _torch, 8 if call.args[4] else 32)
-
-
-TORCH = Peer("torch fused, 32-bit", load=lambda: _take_step, adapt=_fused_for_both, backward=False)
+# It has no states of 8 bits: its step of 32 stands beside ours of either.
+TORCH = Peer(
+    "torch fused, 32-bit",
+    load=lambda: _take_step,
+    adapt=lambda call: _adapt(call, _torch, (8, 32)),
+    backward=False,
+)
 BITSANDBYTES = Peer(
     "bitsandbytes",
-    load=lambda: _take_step,
-    adapt=lambda call: _adapt(call, _bitsandbytes, 8),
+    load=_load_bitsandbytes,
+    adapt=lambda call: _adapt(call, _bitsandbytes, (8,)),
     backward=False,
 )
 TORCHAO = Peer(
-    "torchao", load=lambda: _take_step, adapt=lambda call: _adapt(call, _torchao, 8), backward=False
+    "torchao",
+    load=_load_torchao,
+    adapt=lambda call: _adapt(call, _torchao, (8,)),
+    backward=False,
 )
