@@ -97,22 +97,22 @@ class BlockwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         overrides = GlobalOptimManager.get_instance().overrides()
-        kinds: dict[_Kind, list[Tensor]] = defaultdict(list)
+        kinds: dict[_Kind, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     config = group | overrides[id(p)] if id(p) in overrides else group
-                    kinds[self._advanced(p, config)].append(p)
-        for kind, params in kinds.items():
-            self._take(kind, params)
+                    state = self.state[p]
+                    kinds[self._advanced(p, state, config)].append((p, state))
+        for kind, moving in kinds.items():
+            self._take(kind, moving)
         return loss
 
-    def _advanced(self, p: Tensor, config: dict[str, Any]) -> _Kind:
+    def _advanced(self, p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> _Kind:
         """Count the step of a parameter, whose state begins here, and say what kind it is."""
-        state = self.state[p]
         if not state:
             self._check(config)
-            self._begin(p, config)
+            self._begin(p, state, config)
         state["step"] += 1
         beta1, beta2 = config["betas"]
         return _Kind(
@@ -121,8 +121,7 @@ class BlockwiseOptimizer(Optimizer):
             config["stochastic_rounding"],
         )  # fmt: skip
 
-    def _begin(self, p: Tensor, config: dict[str, Any]) -> None:
-        state = self.state[p]
+    def _begin(self, p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> None:
         state["step"] = 0
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         coded = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
@@ -135,9 +134,11 @@ class BlockwiseOptimizer(Optimizer):
             else:
                 state[f"state{i}"] = torch.zeros(p.shape, dtype=wide, device=p.device)
 
-    def _take(self, kind: _Kind, params: list[Tensor]) -> None:
+    def _take(self, kind: _Kind, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        params = [p for p, _ in moving]
+
         def of(key: str) -> list[Tensor]:
-            return [self.state[p][key] for p in params if key in self.state[p]]
+            return [state[key] for _, state in moving if key in state]
 
         grads = [p.grad for p in params if p.grad is not None]
         if any(g.layout != torch.strided for g in grads):
