@@ -10,6 +10,8 @@
 #include <memory>
 #include <thread>
 
+#include "core/denormals.h"
+
 namespace fastweights::decoding {
 
 // Every member calls the same sequence of `run`s, each a phase of independent tasks. Members claim tasks until none is
@@ -57,6 +59,7 @@ class Team {
   template <typename F>
   void enter(int64_t threads, const F& work) {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      const FlushDenormals flush;
       Member member(*this);
       work(member);
     });
