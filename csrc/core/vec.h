@@ -244,19 +244,49 @@ FW_INLINE void store_as(S* p, Vec<Compute<S>> v) {
   }
 }
 
+// Registers with a mask for every lane load and store parts of vectors as one instruction; sanitizers see only the
+// bytes of a memcpy.
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__SANITIZE_ADDRESS__)
+#define FW_MASKED 1
+#else
+#define FW_MASKED 0
+#endif
+
 // The first n lanes; the others are zero. 0 <= n <= lanes. Nothing beyond p[n - 1] is touched.
 template <typename S>
 FW_INLINE Vec<Compute<S>> load_as(const S* p, int64_t n) {
+#if FW_MASKED
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8) {
+    return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(__mmask8(mask), p));
+  } else if constexpr (sizeof(S) == 4) {
+    return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16(mask), p));
+  } else {
+    return widen(bit_cast<Half16>(_mm256_maskz_loadu_epi16(__mmask16(mask), p)), S{});
+  }
+#else
   S lane[kLanes<Compute<S>>] = {};
   __builtin_memcpy(lane, p, size_t(n) * sizeof(S));
   return load_as(lane);
+#endif
 }
 
 template <typename S>
 FW_INLINE void store_as(S* p, Vec<Compute<S>> v, int64_t n) {
+#if FW_MASKED
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8) {
+    _mm512_mask_storeu_pd(p, __mmask8(mask), bit_cast<__m512d>(v));
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(mask), bit_cast<__m512>(v));
+  } else {
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), bit_cast<__m256i>(narrow(v, S{})));
+  }
+#else
   S lane[kLanes<Compute<S>>];
   store_as(lane, v);
   __builtin_memcpy(p, lane, size_t(n) * sizeof(S));
+#endif
 }
 
 template <typename S>

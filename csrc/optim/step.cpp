@@ -1,8 +1,8 @@
 // The fused step: a sweep that reads gradient, parameter and states, writes the parameter and keeps the new states,
 // and, for states of 8 bits, a sweep that codes these from the cache.
+#include "core/random.h"
 #include "core/scratch.h"
 #include "optim/codec.h"
-#include "optim/random.h"
 #include "optim/rules.h"
 
 namespace fastweights::optim::FW_LEVEL {
@@ -16,6 +16,13 @@ struct Run {
   uint64_t key;     // of the random numbers of its task
   int64_t counter;  // of the first of them
 };
+
+// To one of the two neighbouring bfloat16, with probabilities that make the mean v. Infinities and NaN stay.
+FW_INLINE Vec<float> rounded_at_random(Vec<float> v, Vec<uint32_t> random) {
+  const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v);
+  const Vec<float> rounded = bit_cast<Vec<float>>((bits + (random >> 16)) & 0xffff0000u);
+  return (bits & 0x7fffffffu) < 0x7f800000u ? rounded : v;
+}
 
 template <typename S, bool kStochastic>
 FW_INLINE void store_param(const Run<S>& run, int64_t j, Vec<Compute<S>> v, auto part) {

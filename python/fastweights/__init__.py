@@ -24,6 +24,7 @@ from fastweights.ops.attention.state import HybridState
 from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1d_update
 from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.lora.functional import lora_linear
 from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 from fastweights.ops.quantization.functional import dequantize, quantize, quantized_linear
 from fastweights.ops.quantization.tensor import QuantizedTensor
@@ -46,6 +47,7 @@ __all__ = [
     "linearize",
     "load",
     "load_state",
+    "lora_linear",
     "perplexity",
     "prefill",
     "quantize",

@@ -9,6 +9,7 @@ from fastweights.ops.causal_conv1d.functional import causal_conv1d, causal_conv1
 from fastweights.ops.decoding.functional import decode_step
 from fastweights.ops.delta_rule.functional import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.functional import linear_attention, linear_attention_step
+from fastweights.ops.lora.functional import lora_linear
 from fastweights.ops.norms.functional import gated_rms_norm, rms_norm
 from fastweights.ops.optim.functional import (
     dequantize_blockwise,
@@ -38,6 +39,7 @@ __all__ = [
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "lora_linear",
     "optimizer_step",
     "quantize",
     "quantize_blockwise",

@@ -9,6 +9,7 @@ from fastweights.ops.causal_conv1d.reference import causal_conv1d, causal_conv1d
 from fastweights.ops.decoding.reference import decode_step
 from fastweights.ops.delta_rule.reference import delta_rule, delta_rule_step
 from fastweights.ops.linear_attention.reference import linear_attention, linear_attention_step
+from fastweights.ops.lora.reference import lora_linear
 from fastweights.ops.norms.reference import gated_rms_norm, rms_norm
 from fastweights.ops.optim.reference import (
     dequantize_blockwise,
@@ -38,6 +39,7 @@ __all__ = [
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "lora_linear",
     "optimizer_step",
     "quantize",
     "quantize_blockwise",

@@ -165,8 +165,8 @@ class OpSpec:
         peers: rivals in the benchmark.
         oracle_dtype: dtype that floating arguments are widened to for the reference; None leaves
             them (for ops whose result depends on the dtype, such as quantizers).
-        sums_by_order: the memory order of the arguments decides in which order gradients are
-            summed: other strides then give them within tolerance, not bit for bit.
+        sums_by_order: what is summed in an order that the memory order of the arguments decides,
+            "outputs" or "gradients": other strides then give it within tolerance, not bit for bit.
         exports: False where torch.export itself fails on the function, which torch.compile serves.
     """
 
@@ -186,7 +186,7 @@ class OpSpec:
     bench: Sequence[BenchCase] = ()
     peers: Sequence[Peer] = ()
     oracle_dtype: torch.dtype | None = torch.float64
-    sums_by_order: bool = False
+    sums_by_order: tuple[str, ...] = ()
     exports: bool = True
 
     def __str__(self) -> str:

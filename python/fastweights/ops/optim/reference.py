@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastweights.ops._random import mixed, random_bits
+
 Rule = Literal["adam", "lion", "momentum"]
 
 # Elements that share a key of the random numbers.
@@ -106,24 +108,10 @@ def _keep_sign(codes: Tensor, numbers: Tensor) -> Tensor:
     return nudged.to(torch.uint8)
 
 
-def _mixed(x: int) -> int:
-    x &= 2**64 - 1
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
-    return x ^ (x >> 31)
-
-
 def _random_bits(numel: int, seed: int, first_task: int) -> Tensor:
     """16 random bits per element from its counter, as int64."""
     tasks = range(first_task, first_task + -(-numel // _KEYED))
-    keys = torch.tensor(
-        [[key >> 32, key & 0xFFFFFFFF] for key in (_mixed(seed + t) for t in tasks)]
-    )
-    high, low = (key.repeat_interleave(_KEYED)[:numel] for key in keys.view(-1, 2).unbind(1))
-    x = torch.arange(numel) % _KEYED ^ low
-    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ (x >> 15) ^ high) * 0x846CA68B & 0xFFFFFFFF
-    return (x ^ (x >> 16)) >> 16
+    return random_bits([mixed(seed + t) for t in tasks], _KEYED).flatten()[:numel] >> 16
 
 
 def _round_at_random(x: Tensor, seed: int, first_task: int) -> Tensor:

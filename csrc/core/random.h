@@ -3,9 +3,7 @@
 
 #include "core/vec.h"
 
-namespace fastweights::optim::FW_LEVEL {
-
-using namespace ::fastweights::FW_LEVEL;
+namespace fastweights::FW_LEVEL {
 
 // SplitMix64's finaliser (Steele et al. 2014).
 FW_INLINE uint64_t mixed(uint64_t x) {
@@ -25,11 +23,4 @@ FW_INLINE Vec<uint32_t> random_bits(uint64_t key, int64_t first) {
   return x ^ (x >> 16);
 }
 
-// To one of the two neighbouring bfloat16, with probabilities that make the mean v. Infinities and NaN stay.
-FW_INLINE Vec<float> rounded_at_random(Vec<float> v, Vec<uint32_t> random) {
-  const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v);
-  const Vec<float> rounded = bit_cast<Vec<float>>((bits + (random >> 16)) & 0xffff0000u);
-  return (bits & 0x7fffffffu) < 0x7f800000u ? rounded : v;
-}
-
-}  // namespace fastweights::optim::FW_LEVEL
+}  // namespace fastweights::FW_LEVEL

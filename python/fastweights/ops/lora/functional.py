@@ -1,0 +1,303 @@
+"""A linear layer with low-rank updates: the public function and its ops.
+
+The base product is that of the base: torch's linear, or `quantized_linear`. The kernels add the
+updates to what it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastweights.ops import _common
+from fastweights.ops.lora import reference
+from fastweights.ops.quantization.tensor import QuantizedTensor
+
+__all__ = ["lora_linear"]
+
+_ops = torch.ops.fastweights
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedTensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    segments: Tensor | None = None,
+    indices: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    r"""A frozen linear layer with low-rank updates.
+
+    .. math::
+        y = x W^T + b + \sum_i s_i \, (\mathrm{drop}(x) A_i^T) B_i^T
+
+    (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3; adapters by rows as in Punica, Chen et al. 2023,
+    arXiv:2310.18547.) Nothing of the size of W is ever made, and W has no gradient.
+
+    Args:
+        x: ``[..., in_features]``; float32, bfloat16, float16 or float64.
+        weight: ``[out_features, in_features]`` of x's dtype, or a `QuantizedTensor`.
+        bias: ``[out_features]`` of x's dtype, or None.
+        lora_a: A_i, ``[rank_i, in_features]``, any floating dtype. Ranks may differ.
+        lora_b: B_i, ``[out_features, rank_i]``. The updates are computed in float32 (float64 for
+            float64 x) whatever the dtypes, without copies of x, and added with one rounding.
+        scale: ``[len(lora_a)]``, s_i: alpha / rank, or alpha / sqrt(rank). A tensor, so that
+            compiled code does not depend on it; without gradient.
+        segments: int64 or int32 ``[len(lora_a) + 1]``, ascending: only the rows
+            ``segments[i] : segments[i + 1]`` of x (all dimensions but the last counted as one) meet
+            adapter i. Rows outside meet none.
+        indices: int64 or int32, of a shape that x's begins with: the adapter that a row meets (a
+            sample, where it is ``[B]``), -1 for none. With neither, every row meets all adapters.
+        dropout: probability that an element of x is left out of the update; the others are
+            multiplied by 1 / (1 - dropout).
+        seed: int64, one number: what is left out is a function of it and of the element's place,
+            at any number of threads. Required if dropout > 0.
+
+    Returns:
+        y, ``[..., out_features]``, of x's dtype. Rows that meet no adapter are those of the base,
+        bit for bit, as are all of them where B is zero.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices, segments or indices that do not fit.
+        NotImplementedError: forward-mode differentiation or double backward; use
+            `fastweights.reference.lora_linear`.
+
+    Gradients reach x, bias, lora_a and lora_b; x and ``x A^T`` are kept for the backward. Beyond
+    the base, the forward takes 2 M rank (in_features + out_features) operations for M rows and one
+    pass over x and y. Results are the same bits for any number of threads.
+
+    Example:
+        >>> x, a, b, scale = torch.ones(2, 3), torch.ones(1, 3), torch.ones(3, 1), torch.ones(1) / 2
+        >>> lora_linear(x, torch.eye(3), None, [a], [b], scale)
+        tensor([[2.5000, 2.5000, 2.5000],
+                [2.5000, 2.5000, 2.5000]])
+    """
+    updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed)
+    layout = _layout_of(weight)
+    packed = weight.packed if isinstance(weight, QuantizedTensor) else weight
+    if _is_plain() and x.is_cpu and packed.is_cpu:
+        y = _base(x, packed, *layout, bias)
+        _ops.lora_update_(y, x, *updates)
+        return y
+    _common.refuse_forward_ad("lora_linear", x, bias, *lora_a, *lora_b)
+    if _common.needs_reference(x, packed):
+        return reference.lora_linear(
+            x, weight, bias, lora_a, lora_b, scale,
+            segments=segments, indices=indices, dropout=dropout, seed=seed,
+        )  # fmt: skip
+    result: Tensor = _ops.lora_linear(x, packed.detach(), *layout, bias, *updates)[0]
+    return result
+
+
+def _is_plain() -> bool:
+    """Whether nothing but the arithmetic is wanted, which saves a call of the dispatcher."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or _common.reference_forced()
+    )
+
+
+def _layout_of(weight: Tensor | QuantizedTensor) -> tuple[str, int, int, int, str]:
+    """What makes a tensor of bytes a weight: the arguments of `_ops.quantized_linear`."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.format, *weight.shape, weight.group_size, weight.activation
+    return "", 0, 0, 0, ""
+
+
+def _base(
+    x: Tensor, weight: Tensor, format: str, n: int, k: int, group_size: int, activation: str,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if format:
+        y: Tensor = _ops.quantized_linear(x, weight, bias, format, n, k, group_size, activation)
+        return y
+    try:
+        return F.linear(x, weight, bias)
+    except RuntimeError as problem:
+        raise RuntimeError(_mistake(x, weight, bias) or str(problem)) from None
+
+
+def _mistake(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """What is wrong with the arguments of a linear, in our words."""
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return (
+            "lora_linear: expected x [..., in_features] and weight [out_features, in_features], "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return (
+            f"lora_linear: expected bias of shape [out_features] = [{weight.shape[0]}] "
+            f"(from weight), got {list(bias.shape)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            return (
+                f"lora_linear: expected {name} of dtype {_name(x.dtype)} (from x), "
+                f"got {_name(t.dtype)}"
+            )
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_UPDATES = (
+    "Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments, Tensor? indices, "
+    "float dropout, Tensor? seed"
+)
+_WEIGHT = (
+    "Tensor weight, str format, int out_features, int in_features, int group_size, str activation"
+)
+
+torch.library.define(
+    "fastweights::lora_linear",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_UPDATES}) -> (Tensor y, Tensor u)",
+)
+torch.library.define(
+    "fastweights::lora_linear_backward",
+    f"(Tensor dy, Tensor x, Tensor u, {_WEIGHT}, {_UPDATES}, bool needs_x)"
+    " -> (Tensor dx, Tensor da, Tensor db)",
+)
+
+
+def _forward_cpu(
+    x: Tensor, weight: Tensor, format: str, n: int, k: int, group_size: int, activation: str,
+    bias: Tensor | None, *updates: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = _base(x, weight, format, n, k, group_size, activation, bias)
+    return y, _ops.lora_update_(y, x, *updates)
+
+
+def _backward_cpu(
+    dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, format: str, n: int, k: int,
+    group_size: int, activation: str, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *updates, needs_x = rest
+    dy = dy.contiguous()
+    if not needs_x:
+        dx = x.new_empty(0)
+    elif format:
+        dx = _ops.quantized_linear_backward(dy, weight, format, n, k, group_size)
+    else:
+        dx = dy @ weight
+    return dx, *_ops.lora_gradients(dx, dy, x, u, *updates)
+
+
+torch.library.impl("fastweights::lora_linear", "CPU", _forward_cpu)
+torch.library.impl("fastweights::lora_linear_backward", "CPU", _backward_cpu)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _ranks(lora_a: Sequence[Tensor], *by_row: Tensor | None) -> int:
+    """Columns of u: all ranks side by side, or those of a row's one adapter."""
+    ranks = [a.shape[0] for a in lora_a]
+    routed = any(t is not None for t in by_row)
+    return max(ranks, default=0) if routed else sum(ranks)
+
+
+def _u_fake(
+    x: Tensor, lora_a: Sequence[Tensor], segments: Tensor | None, indices: Tensor | None
+) -> Tensor:
+    rows = x.shape[:-1].numel()
+    return x.new_empty((rows, _ranks(lora_a, segments, indices)), dtype=_arithmetic(x))
+
+
+def _update_fake(
+    y: Tensor, x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor,
+    segments: Tensor | None, indices: Tensor | None, dropout: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _u_fake(x, lora_a, segments, indices)
+
+
+def _gradients_fake(
+    dx: Tensor, dy: Tensor, x: Tensor, u: Tensor, lora_a: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    ranks = sum(a.shape[0] for a in lora_a)
+    da = x.new_empty((ranks, x.shape[-1]), dtype=_arithmetic(x))
+    return da, x.new_empty((ranks * dy.shape[-1],), dtype=_arithmetic(x))
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, format: str, n: int, k: int, group_size: int, activation: str,
+    bias: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor,
+    segments: Tensor | None, indices: Tensor | None, dropout: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out_features = n if format else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], out_features)), _u_fake(x, lora_a, segments, indices)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, format: str, n: int, k: int,
+    group_size: int, activation: str, lora_a: Sequence[Tensor], *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = x.new_empty(x.shape if rest[-1] else 0)
+    return dx, *_gradients_fake(dx, dy, x, u, lora_a)
+
+
+torch.library.register_fake("fastweights::lora_update_", _update_fake)
+torch.library.register_fake("fastweights::lora_gradients", _gradients_fake)
+torch.library.register_fake("fastweights::lora_linear", _forward_fake)
+torch.library.register_fake("fastweights::lora_linear_backward", _backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, *base, bias, lora_a, lora_b, scale, segments, indices, dropout, seed = inputs
+    ctx.base, ctx.dropout, ctx.adapters = base, dropout, len(lora_a)
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight, scale, segments, indices, seed, *lora_a, *lora_b)
+
+
+def _backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]:
+    base, nothing = (None,) * 6, (None,) * 5
+    if dy is None:
+        return None, *base, None, [None] * ctx.adapters, [None] * ctx.adapters, *nothing
+    x, u, weight, scale, segments, indices, seed, *adapters = ctx.saved_tensors
+    lora_a, lora_b = adapters[: ctx.adapters], adapters[ctx.adapters :]
+    updates = (lora_a, lora_b, scale, segments, indices, ctx.dropout, seed)
+    needs_x = ctx.needs_input_grad[0]
+    dx, da, db = _ops.lora_linear_backward(dy, x, u, weight, *ctx.base, *updates, needs_x)
+    ranks = [a.shape[0] for a in lora_a]
+    das = [g.to(a.dtype) for g, a in zip(da.split(ranks), lora_a, strict=True)]
+    flat = db.split([b.numel() for b in lora_b])
+    dbs = [g.view(b.shape).to(b.dtype) for g, b in zip(flat, lora_b, strict=True)]
+    dbias = None if ctx.bias is None else dy.flatten(0, -2).sum(0).to(ctx.bias)
+    return (dx if needs_x else None), *base, dbias, das, dbs, *nothing
+
+
+torch.library.register_autograd("fastweights::lora_linear", _backward, setup_context=_setup_context)
+_common.refuse_double_backward("lora_linear")
+
+
+def _autocast(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """X and a float weight go to autocast's dtype; adapters keep theirs."""
+    *layout, bias = rest[:6]
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def to(t: Tensor | None) -> Tensor | None:
+        return t.to(dtype) if t is not None and t.dtype == torch.float32 else t
+
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        result: tuple[Tensor, Tensor] = _ops.lora_linear(
+            to(x), to(weight), *layout, to(bias), *rest[6:]
+        )
+        return result
+
+
+torch.library.impl("fastweights::lora_linear", "AutocastCPU", _autocast)

@@ -1,0 +1,162 @@
+"""What LoRA and its fused operators promise."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import fastweights as fw
+from fastweights.ops.lora.reference import dropout_mask
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def layer(dtype=torch.float32, rows=37, in_features=70, out_features=45, ranks=(4,)):
+    torch.manual_seed(0)
+    x = torch.randn(rows, in_features).to(dtype)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    lora_a = [torch.randn(r, in_features) for r in ranks]
+    lora_b = [torch.randn(out_features, r) for r in ranks]
+    return x, weight, lora_a, lora_b, torch.linspace(0.5, 2, len(ranks))
+
+
+def bases(weight):
+    return [weight, fw.quantize(weight.float(), "int4"), fw.quantize(weight.float(), "int8")]
+
+
+def base_of(x, weight):
+    return (
+        F.linear(x, weight) if isinstance(weight, torch.Tensor) else fw.quantized_linear(x, weight)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fresh_adapter_changes_no_bit(dtype):
+    x, weight, lora_a, lora_b, scale = layer(dtype)
+    for base in bases(weight):
+        y = fw.lora_linear(x, base, None, lora_a, [torch.zeros_like(b) for b in lora_b], scale)
+        assert torch.equal(y, base_of(x, base))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_an_adapter_are_those_of_the_base(dtype):
+    x, weight, lora_a, lora_b, scale = layer(dtype, ranks=(4, 2))
+    indices = torch.randint(-1, 2, (len(x),))
+    segments = torch.tensor([5, 20, 30])
+    for base in bases(weight):
+        y = fw.lora_linear(x, base, None, lora_a, lora_b, scale, indices=indices)
+        assert torch.equal(y[indices == -1], base_of(x, base)[indices == -1])
+        assert not torch.equal(y[indices >= 0], base_of(x, base)[indices >= 0])
+        y = fw.lora_linear(x, base, None, lora_a, lora_b, scale, segments=segments)
+        outside = torch.cat([torch.arange(5), torch.arange(30, 37)])
+        assert torch.equal(y[outside], base_of(x, base)[outside])
+
+
+def test_scaling_a_against_b_changes_nothing():
+    x, weight, lora_a, lora_b, scale = layer()
+    y = fw.lora_linear(x, weight, None, lora_a, lora_b, scale)
+    other = fw.lora_linear(x, weight, None, [lora_a[0] * 8], [lora_b[0] / 8], scale)
+    assert torch.equal(y, other)
+
+
+def test_adapters_add_up_to_one_of_their_ranks():
+    x, weight, lora_a, lora_b, scale = layer(ranks=(4, 3))
+    y = fw.lora_linear(x, weight, None, lora_a, lora_b, scale)
+    a, b = torch.cat(lora_a), torch.cat([s * b for s, b in zip(scale, lora_b, strict=True)], 1)
+    assert torch.equal(y, fw.lora_linear(x, weight, None, [a], [b], torch.ones(1)))
+
+
+def test_one_adapter_for_all_rows_is_the_plain_call():
+    x, weight, lora_a, lora_b, scale = layer(ranks=(4, 2))
+    plain = fw.lora_linear(x, weight, None, lora_a[1:], lora_b[1:], scale[1:])
+    ones = torch.ones(len(x), dtype=torch.long)
+    by_index = fw.lora_linear(x, weight, None, lora_a, lora_b, scale, indices=ones)
+    by_segment = fw.lora_linear(
+        x, weight, None, lora_a, lora_b, scale, segments=torch.tensor([0, 0, len(x)])
+    )
+    assert torch.equal(plain, by_index)
+    assert torch.equal(plain, by_segment)
+
+
+def test_rows_move_with_their_adapters():
+    x, weight, lora_a, lora_b, scale = layer(ranks=(4, 2, 1))
+    indices = torch.randint(-1, 3, (len(x),))
+    order = torch.randperm(len(x))
+    y = fw.lora_linear(x, weight, None, lora_a, lora_b, scale, indices=indices)
+    moved = fw.lora_linear(x[order], weight, None, lora_a, lora_b, scale, indices=indices[order])
+    # The base is torch's, whose bits may depend on the place of a row; the updates' do not.
+    base, moved_base = F.linear(x, weight), F.linear(x[order], weight)
+    torch.testing.assert_close(moved - moved_base, (y - base)[order], rtol=1e-5, atol=1e-4)
+
+
+def test_ranks_may_be_filled_up_with_zeros():
+    x, weight, lora_a, lora_b, scale = layer(ranks=(4, 2))
+    y = fw.lora_linear(x, weight, None, lora_a, lora_b, scale)
+    lora_a[1] = torch.cat([lora_a[1], torch.randn(2, 70)])
+    lora_b[1] = torch.cat([lora_b[1], torch.zeros(45, 2)], 1)
+    assert torch.equal(y, fw.lora_linear(x, weight, None, lora_a, lora_b, scale))
+
+
+def test_the_error_is_that_of_two_products():
+    x, weight, lora_a, lora_b, scale = layer(
+        rows=64, in_features=768, out_features=256, ranks=(16,)
+    )
+    zero = torch.zeros_like(weight)
+    exact = fw.reference.lora_linear(
+        *(t.double() for t in (x, zero)), None,
+        [lora_a[0].double()], [lora_b[0].double()], scale.double(),
+    )  # fmt: skip
+    ours = fw.lora_linear(x, zero, None, lora_a, lora_b, scale)
+    torchs = scale * F.linear(F.linear(x, lora_a[0]), lora_b[0])
+    assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max()
+
+
+def test_low_precision_rounds_the_update_once():
+    # Beside a base of zero what is left is the update alone, in float32 until it is stored.
+    x, weight, lora_a, lora_b, scale = layer(torch.bfloat16, ranks=(16,))
+    y = fw.lora_linear(x, torch.zeros_like(weight), None, lora_a, lora_b, scale)
+    exact = scale * F.linear(F.linear(x.double(), lora_a[0].double()), lora_b[0].double())
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+def test_neither_a_gradient_of_the_base_nor_anything_of_its_size():
+    x, weight, lora_a, lora_b, scale = layer(rows=4, in_features=1024, out_features=1024)
+    leaves = [x, weight, *lora_a, *lora_b]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        fw.lora_linear(x, weight, None, lora_a, lora_b, scale).sum().backward()
+    assert weight.grad is None
+    assert all(leaf.grad is not None for leaf in leaves if leaf is not weight)
+    largest = max(event.self_cpu_memory_usage for event in events.events())
+    assert 0 < largest < weight.nbytes / 4
+
+
+def test_dropout_is_a_function_of_the_seed():
+    x = torch.ones(300, 200)
+    eye, zero, one = torch.eye(200), torch.zeros(200, 200), torch.ones(1)
+
+    def mask(seed, p=0.3):
+        return fw.lora_linear(x, zero, None, [eye], [eye], one, dropout=p, seed=torch.tensor(seed))
+
+    torch.testing.assert_close(mask(5), dropout_mask(x.shape, 0.3, 5).float(), rtol=1e-6, atol=0)
+    assert torch.equal(mask(5), mask(5))
+    for other in (6, 5 + 2**32, -5):
+        assert 0.5 < (mask(5) == mask(other)).float().mean() < 0.66  # 0.58 if independent
+    kept = mask(5).bool()
+    assert abs(kept.float().mean() - 0.7) < 0.01  # 3.8 standard deviations
+    for axis in (0, 1):
+        assert (kept.float().mean(axis) - 0.7).abs().max() < 0.16
+    neighbours = (kept[1:] & kept[:-1]).float().mean(), (kept[:, 1:] & kept[:, :-1]).float().mean()
+    assert all(abs(n - 0.49) < 0.01 for n in neighbours)
+
+
+def test_autocast_takes_the_base_to_bfloat16_and_leaves_the_adapters():
+    x, weight, lora_a, lora_b, scale = layer()
+    lora_a[0].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fw.lora_linear(x, weight, None, lora_a, lora_b, scale)
+    want = fw.lora_linear(x.bfloat16(), weight.bfloat16(), None, lora_a, lora_b, scale)
+    assert torch.equal(y, want)
+    y.float().sum().backward()
+    assert lora_a[0].grad.dtype == torch.float32
