@@ -9,26 +9,34 @@ namespace fastweights::quantization::FW_LEVEL {
 
 constexpr int64_t kOutputs = 4 * kStrip;
 
-// out[k][kOutputs] (16 of its columns) = W^T of one group of one strip.
+// out[k][kOutputs] (16 of its columns) = W^T of group g of one strip.
 template <Format F, typename T>
-static void decode_group(const uint8_t* lines, int64_t group, T* out) {
-  const Parameters p = load_parameters(lines + group / kLineInputs<F> * kLine);
+static void decode_group(const Weight& w, const uint8_t* strip, int64_t g, T* out) {
+  const Parameters p = load_parameters<F>(w, strip, g);
+  const uint8_t* lines = lines_of<F>(w, strip, g);
   using Numbers = typename VecOf<T, kWords>::type;
   using Unaligned = typename VecOf<T, kWords>::unaligned;
   for (int i = 0; i < kParts; ++i) {
     const Numbers minimum = __builtin_convertvector(p.minimum[i], Numbers);
-    for (int64_t j = 0; j < group / 4; ++j) {
-      const Words line = load_words(lines + (F == Format::int4 ? j / 2 : j) * kLine, i);
-      const Words w = F == Format::int4 && j % 2 ? shift_right(line, 4) : line;
+    const uint8_t* run = lines;
+    T* to = out + i * kWords;
+    for (int64_t k = 0; k < w.group; k += 4 * kRun<F>, run += kRunBytes<F>, to += 4 * kRun<F> * kOutputs) {
       FW_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        const Numbers scale = __builtin_convertvector(p.scale[i] * code_unit<F>(t), Numbers);
-        const Numbers code = __builtin_convertvector(code_at<F>(w, t), Numbers);
-        *reinterpret_cast<Unaligned*>(out + (4 * j + t) * kOutputs + i * kWords) = scale * code + minimum;
+      for (int u = 0; u < kRun<F>; ++u) {
+        const Words words = code_words<F>(run, u, i);
+        FW_UNROLL
+        for (int t = 0; t < 4; ++t) {
+          const Numbers scale = __builtin_convertvector(p.scale[i] * level_unit<F>(t), Numbers);
+          const Numbers level = __builtin_convertvector(level_at<F>(words, t), Numbers);
+          *reinterpret_cast<Unaligned*>(to + (4 * u + t) * kOutputs) = scale * level + minimum;
+        }
       }
     }
   }
 }
+
+template <typename T>
+using Decode = void (*)(const Weight& w, const uint8_t* strip, int64_t g, T* out);
 
 // out[n][columns] = dy[m, n0 + n], zero beyond the rows and outputs that there are.
 template <typename S, typename T>
@@ -41,10 +49,11 @@ static void transpose_dy(const BackwardArgs& a, int64_t row, int64_t rows, int64
   }
 }
 
-template <Format F, typename S>
+template <typename S>
 static void run(const BackwardArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const Weight& w = a.weight;
+  const auto decode = with_format(w.format, []<Format F>(FormatTag<F>) -> Decode<T> { return &decode_group<F, T>; });
   const int64_t chunk = a.chunk_groups * w.group, widest = (kRowBlock + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   Scratch scratch(Scratch::take_bytes<T>(chunk * kOutputs) + Scratch::take_bytes<T>(chunk * widest) +
                   Scratch::take_bytes<T>(kOutputs * widest));
@@ -60,9 +69,9 @@ static void run(const BackwardArgs& a, int64_t begin, int64_t end) {
     for (int64_t strip = 0; strip < w.strips; strip += kOutputs / kStrip) {
       const int64_t strips = w.strips - strip < kOutputs / kStrip ? w.strips - strip : kOutputs / kStrip;
       for (int64_t s = 0; s < strips; ++s) {
-        const uint8_t* lines = w.packed + (strip + s) * w.strip_bytes + g0 * w.group_bytes;
+        const uint8_t* of_strip = w.packed + (strip + s) * w.strip_bytes;
         for (int64_t g = 0; g < groups; ++g) {
-          decode_group<F, T>(lines + g * w.group_bytes, w.group, panel + g * w.group * kOutputs + s * kStrip);
+          decode(w, of_strip, g0 + g, panel + g * w.group * kOutputs + s * kStrip);
         }
       }
       transpose_dy<S, T>(a, row, rows, strip * kStrip, columns, dy);
@@ -76,21 +85,16 @@ static void run(const BackwardArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <typename S>
-static void run_format(const BackwardArgs& a, int64_t begin, int64_t end) {
-  a.weight.format == Format::int4 ? run<Format::int4, S>(a, begin, end) : run<Format::int8, S>(a, begin, end);
-}
-
 void backward(const BackwardArgs& a, int64_t begin, int64_t end) noexcept {
   switch (a.element) {
     case Element::f32:
-      return run_format<float>(a, begin, end);
+      return run<float>(a, begin, end);
     case Element::bf16:
-      return run_format<bfloat16>(a, begin, end);
+      return run<bfloat16>(a, begin, end);
     case Element::f16:
-      return run_format<float16>(a, begin, end);
+      return run<float16>(a, begin, end);
     case Element::f64:
-      return run_format<double>(a, begin, end);
+      return run<double>(a, begin, end);
   }
 }
 

@@ -3,6 +3,7 @@
 //   start(sum)      an accumulator for one block of kBlock inputs; sum = sum of the block's activation codes
 //   dot(acc, w, x)  += the four products of w's bytes with the bytes of x (the same four for all outputs)
 //   finish(acc)     the block's int32 sums
+// The bytes of w are codes below 16 (nibbles) or numbers from -127 to 127.
 #pragma once
 
 #include "quantization/line.h"
@@ -33,7 +34,12 @@ FW_INLINE Shorts odd_bytes(Words w) {
   return bit_cast<Shorts>(w) >> 8;
 }
 
+enum class Bytes { nibbles, signed_numbers };
+
 template <Format F>
+constexpr Bytes kBytes = kTraits<F>.levels == Levels::counted ? Bytes::nibbles : Bytes::signed_numbers;
+
+template <Bytes B>
 struct Dot {
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
@@ -45,7 +51,7 @@ struct Dot {
 #if defined(__AVX512VNNI__)
 
 template <>
-struct Dot<Format::int4> {
+struct Dot<Bytes::nibbles> {
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     return bit_cast<Words>(_mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
@@ -55,10 +61,10 @@ struct Dot<Format::int4> {
 
 // The instruction wants one side unsigned: codes + 128, taken back as 128 times the sum of the activations.
 template <>
-struct Dot<Format::int8> {
+struct Dot<Bytes::signed_numbers> {
   FW_INLINE Words start(int32_t sum) { return set1(-128 * sum); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
-    return Dot<Format::int4>::dot(acc, w ^ set1(int32_t(0x80808080)), x);
+    return Dot<Bytes::nibbles>::dot(acc, w ^ set1(int32_t(0x80808080)), x);
   }
   FW_INLINE Words finish(Words acc) { return acc; }
 };
@@ -67,7 +73,7 @@ struct Dot<Format::int8> {
 
 // Codes of 4 bits stay in int16 for a whole block: 8 additions of at most 2 * 15 * 127 are 30480 < 32768.
 template <>
-struct Dot<Format::int4> {
+struct Dot<Bytes::nibbles> {
   static_assert(kBlock / 4 * 2 * 15 * 127 < 32768);
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
@@ -81,7 +87,7 @@ struct Dot<Format::int4> {
 
 // |x| times w with the sign of x: no pair exceeds 2 * 127 * 127 = 32258, since codes and activations avoid -128.
 template <>
-struct Dot<Format::int8> {
+struct Dot<Bytes::signed_numbers> {
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     const __m256i a = bit_cast<__m256i>(x);

@@ -1,24 +1,22 @@
 // What the torch side of the quantization family and its kernels agree on: the packed weight and the arguments.
 //
-// A weight W [N, K] is stored as strips of 16 outputs. A strip is one sequential stream of groups along K, and a group
-// of `group` inputs is
-//   lines       64 bytes = 16 outputs x 4 bytes. int8: byte (r, t) of line l is the code of W[r, 4l + t]. int4: its low
-//               nibble is the code of W[r, 8l + t], its high nibble that of W[r, 8l + 4 + t].
-//   parameters  64 bytes = 16 float16 scales, then 16 float16 minima.
-// and W[n, k] = scale * code + minimum with codes 0..15 (int4) or -127..127 (int8). Every line is 64-byte aligned
-// relative to the strip, one vector of any level holds whole outputs, and lanes are outputs: no horizontal sums.
-// Outputs beyond N have scale = minimum = 0; inputs beyond K have code 0 and meet activations that are 0.
+// A weight W [N, K] is stored as strips of 16 outputs. A strip is one sequential stream of bundles along K. A bundle
+// holds the codes of its groups of `group` inputs each, one group after another, and then their parameters; there are
+// as many groups in a bundle as it takes for the parameters to fill a line of 64 bytes, one in most formats.
+//   codes       blocks of 32 inputs, of as many lines as a code has bits. A line is 16 outputs x 4 bytes: byte (r, t)
+//               has bits of W[r, 4q + t] for one quartet q of inputs or several. 8 bits: line q. 4 bits: line q / 2,
+//               the low nibble for even q, the high one for odd.
+//   parameters  rows of 16, one number per output: see Parameter in formats.h.
+// W[n, k] = scale * level(code) + minimum. Every line is 64-byte aligned relative to the strip, one vector of any CPU
+// level holds whole outputs, and lanes are outputs: no horizontal sums. Outputs beyond N have scale = minimum = 0;
+// inputs beyond K have code 0 and meet activations that are 0; groups that only fill the last bundle are not read.
 #pragma once
 
 #include "core/levels.h"
+#include "quantization/formats.h"
 
 namespace fastweights::quantization {
 
-enum class Format : int { int4, int8 };
-
-constexpr int64_t kStrip = 16;       // outputs per strip
-constexpr int64_t kLine = 64;        // bytes of a line, and of a group's parameters
-constexpr int64_t kBlock = 32;       // inputs that share one activation scale
 constexpr int64_t kIntRows = 4;      // rows per panel of int8 activations
 constexpr int64_t kFloatRows = 6;    // rows per panel of float activations
 constexpr int64_t kSourceRows = 12;  // rows of x per pack_activations task: whole panels of both kinds
@@ -27,8 +25,8 @@ constexpr int64_t kRowBlock = 60;    // rows of x per matmul task: whole panels 
 struct Weight {
   Format format;
   int64_t N, K, group;
-  int64_t strips, groups;            // ceil(N / 16), ceil(K / group)
-  int64_t group_bytes, strip_bytes;  // bytes of one group of one strip, of one strip
+  int64_t strips, groups;                          // ceil(N / 16), ceil(K / group)
+  int64_t group_bytes, bundle_bytes, strip_bytes;  // of a group's codes, of a bundle, of a strip
   const uint8_t* packed;
 };
 

@@ -1,26 +1,60 @@
 #include "quantization/ops_weight.h"
 
+#include <algorithm>
+#include <cmath>
+#include <iterator>
 #include <vector>
 
 namespace fastweights::quantization {
+namespace {
+
+// In the order of Format.
+constexpr const char* kNames[] = {"int4", "int8", "nf4", "fp4", "iq4_nl", "mxfp4"};
+static_assert(std::size(kNames) == std::size(kFormatTraits));
+
+Format format_of(const char* op, const std::string& name) {
+  std::string known;
+  for (size_t i = 0; i < std::size(kNames); ++i) {
+    if (name == kNames[i]) return Format(i);
+    known += (i ? ", " : "") + std::string(kNames[i]);
+  }
+  check(false, op, "expected format in ", known, ", got '", name, "'");
+  return {};
+}
+
+bool is_finite(Parameter kind, const uint8_t* bundle) {
+  if (kind == Parameter::scale_e8m0) return std::find(bundle, bundle + kLine, 255) == bundle + kLine;
+  if (kind == Parameter::scale_f32) {
+    const float* p = reinterpret_cast<const float*>(bundle);
+    return std::all_of(p, p + kLine / 4, [](float x) { return std::isfinite(x); });
+  }
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(bundle);
+  return std::all_of(p, p + kLine / 2, [](uint16_t x) { return (x & 0x7c00) != 0x7c00; });
+}
+
+}  // namespace
 
 Weight weight_layout(const char* op, const std::string& format, int64_t out_features, int64_t in_features,
                      int64_t group_size) {
   constexpr int64_t kMost = int64_t(1) << 31;  // keeps every product below from overflowing
-  check(format == "int4" || format == "int8", op, "expected format int4 or int8, got '", format, "'");
+  Weight w{};
+  w.format = format_of(op, format);
+  const FormatTraits& traits = kFormatTraits[int(w.format)];
+  check(traits.group == 0 || group_size == traits.group, op, "expected group_size ", traits.group, " for format ",
+        format, ", got ", group_size);
   check(group_size > 0 && group_size % kBlock == 0 && group_size <= 1 << 16, op,
         "expected group_size a positive multiple of ", kBlock, " up to 65536, got ", group_size);
   check(out_features >= 0 && out_features < kMost, op, "expected 0 <= out_features < 2^31, got ", out_features);
   check(in_features >= 0 && in_features < kMost, op, "expected 0 <= in_features < 2^31, got ", in_features);
-  Weight w{};
-  w.format = format == "int4" ? Format::int4 : Format::int8;
   w.N = out_features;
   w.K = in_features;
   w.group = group_size;
   w.strips = (out_features + kStrip - 1) / kStrip;
   w.groups = (in_features + group_size - 1) / group_size;
-  w.group_bytes = group_size / (w.format == Format::int4 ? 8 : 4) * kLine + kLine;
-  w.strip_bytes = w.groups * w.group_bytes;
+  const int64_t bundle = bundle_of(traits.parameter);
+  w.group_bytes = group_size / kBlock * traits.bits * kLine;
+  w.bundle_bytes = bundle * w.group_bytes + kLine;
+  w.strip_bytes = (w.groups + bundle - 1) / bundle * w.bundle_bytes;
   return w;
 }
 
@@ -36,13 +70,17 @@ PackedWeight weight_of(const char* op, const Tensor& packed, const std::string& 
   return w;
 }
 
+bool stores_float16(const Weight& w) {
+  const Parameter kind = kFormatTraits[int(w.format)].parameter;
+  return kind == Parameter::scale_minimum || kind == Parameter::scale_f16;
+}
+
 void check_finite(const char* op, const char* what, const Weight& w) {
-  for (int64_t i = 0; i < w.strips * w.groups; ++i) {
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(w.packed + (i + 1) * w.group_bytes - kLine);
-    for (int64_t j = 0; j < 2 * kStrip; ++j) {
-      check((p[j] & 0x7c00) != 0x7c00, op, "expected ", what, ", got an infinite or NaN scale or minimum in outputs ",
-            i / w.groups * kStrip, " to ", (i / w.groups + 1) * kStrip - 1);
-    }
+  const int64_t bundles = w.strip_bytes / w.bundle_bytes;
+  for (int64_t i = 0; i < w.strips * bundles; ++i) {
+    check(is_finite(kFormatTraits[int(w.format)].parameter, w.packed + (i + 1) * w.bundle_bytes - kLine), op,
+          "expected ", what, ", got an infinite or NaN scale or minimum in outputs ", i / bundles * kStrip, " to ",
+          (i / bundles + 1) * kStrip - 1);
   }
 }
 

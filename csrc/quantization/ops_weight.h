@@ -21,6 +21,9 @@ struct PackedWeight : Weight {
 PackedWeight weight_of(const char* op, const Tensor& packed, const std::string& format, int64_t out_features,
                        int64_t in_features, int64_t group_size);
 
+// Whether scales are rounded to float16.
+bool stores_float16(const Weight& weight);
+
 // Raises if a scale or a minimum is infinite or NaN: `what` says of which tensor.
 void check_finite(const char* op, const char* what, const Weight& weight);
 

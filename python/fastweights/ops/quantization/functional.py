@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits: `quantize`, `dequantize`, `quantized_linear`."""
+"""Weights of few bits: `quantize`, `dequantize`, `quantized_linear`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from torch import Tensor
 
 from fastweights.ops._common import needs_reference, refuse_double_backward, refuse_forward_ad
 from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.tensor import (
-    ACTIVATIONS,
-    FORMATS,
-    QuantizedTensor,
-    packed_shape,
-)
+from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.tensor import ACTIVATIONS, QuantizedTensor, packed_shape
 
 __all__ = [
     "dequantize",
@@ -29,18 +25,27 @@ _ops = torch.ops.fastweights
 def quantize(
     w: Tensor, format: str, *, group_size: int | None = None, activation: str = "float"
 ) -> QuantizedTensor:
-    """Round a weight to 4 or 8 bits, without calibration.
+    """Round a weight to a format of few bits, without calibration.
 
-    Every group of `group_size` inputs of every output gets a float16 scale and minimum. For "int4"
-    they are searched: seven shrunk ranges, each refined by least squares for its codes, the one of
-    least squared error kept. A weight that lies on such a grid already (GGUF Q4_1 at group 32) is
-    reproduced exactly.
+    Every group of `group_size` inputs of every output gets a scale, and for the first two formats
+    a minimum; a weight is ``scale * level + minimum``.
+
+    - "int4", "int8": levels 0..15 and -127..127, scale and minimum in float16. For "int4" they are
+      searched: seven shrunk ranges, each refined by least squares for its codes, the one of least
+      squared error kept. A weight that lies on such a grid already (GGUF Q4_1 at group 32) is
+      reproduced exactly.
+    - "nf4", "fp4": the code books of bitsandbytes, and its rounding; the scale is the largest
+      magnitude, in float32.
+    - "iq4_nl": llama.cpp's code book with a float16 scale, searched.
+    - "mxfp4": the OCP microscaling format: E2M1 levels, a power of two per 32 inputs, as its
+      standard says; halfway goes to the even mantissa.
 
     Args:
         w: ``[N, K]``, any N and K; float32, bfloat16, float16 or float64, finite, magnitudes
-            within float16.
-        format: "int4" (4.5 bits per weight at group 64, 5 at group 32) or "int8" (8.5 at 64).
-        group_size: inputs per scale, a multiple of 32; None means 64.
+            within float16 where scales are.
+        format: one of the above.
+        group_size: inputs per scale, a multiple of 32; None means 64, and 32 for "iq4_nl" and
+            "mxfp4", which has no other.
         activation: what `quantized_linear` will do with its input, see there. "float" is exact;
             "int8" is the fast one for many rows.
 
@@ -49,7 +54,7 @@ def quantize(
 
     Raises:
         ValueError: unknown format or activation.
-        RuntimeError: a w that is not a finite matrix, a group size that is no multiple of 32.
+        RuntimeError: a w that is not a finite matrix, a group size that the format does not have.
 
     Example:
         >>> import torch, fastweights as fw
@@ -60,7 +65,7 @@ def quantize(
         raise ValueError(f"quantize: expected format in {sorted(FORMATS)}, got {format!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"quantize: expected activation in {ACTIVATIONS}, got {activation!r}")
-    group_size = 64 if group_size is None else group_size
+    group_size = FORMATS[format].group_size if group_size is None else group_size
     w = w.detach()
     if needs_reference(w):
         return reference.quantize(w, format, group_size=group_size, activation=activation)
@@ -108,11 +113,13 @@ def dequantize_rows(
 def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + bias`` with a quantized weight that is never written out.
 
-    With ``qt.activation == "float"`` x meets the exact ``scale * code + minimum`` in float32. With
+    With ``qt.activation == "float"`` x meets the exact ``scale * level + minimum`` in float32. With
     "int8" every 32 inputs of a row of x are first rounded to multiples of their largest
-    magnitude / 127 (relative error about 0.4 %). Either way a row's result is the same bits for any
-    number of rows, and for any number of threads. The gradient to x is ``dy W`` (straight-through
-    for "int8"); it decodes panels of the packed weight, which is all that is saved.
+    magnitude / 127 (relative error about 0.4 %), and meet integers: "nf4" and "fp4" round their
+    levels to multiples of 1/127 and 1/96 for it (0.03 dB), the other formats are exact. Either way
+    a row's result is the same bits for any number of rows, and for any number of threads. The
+    gradient to x is ``dy W`` (straight-through for "int8"); it decodes panels of the packed weight,
+    which is all that is saved.
 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64 (computed in float32; in float64 for
