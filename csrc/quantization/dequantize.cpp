@@ -10,7 +10,7 @@ static void dequantize_row(const Weight& w, int64_t n, S* out) {
   const int64_t lane = n % kStrip, part = lane / kWords, element = lane % kWords;
   for (int64_t g = 0; g < w.groups; ++g) {
     const Parameters p = load_parameters<F>(w, strip, g);
-    const T scale = T(p.scale[part][element]), minimum = T(p.minimum[part][element]);
+    const T scale = T(p.scale[part][element]), minimum = kTraits<F>.offset ? T(0) : T(p.minimum[part][element]);
     const uint8_t* lines = lines_of<F>(w, strip, g);
     const int64_t k0 = g * w.group, end = w.K - k0 < w.group ? w.K - k0 : w.group;
     for (int64_t k = 0; k < end; ++k) {

@@ -1,15 +1,17 @@
 // What the torch side of the quantization family and its kernels agree on: the packed weight and the arguments.
 //
 // A weight W [N, K] is stored as strips of 16 outputs. A strip is one sequential stream of bundles along K. A bundle
-// holds the codes of its groups of `group` inputs each, one group after another, and then their parameters; there are
-// as many groups in a bundle as it takes for the parameters to fill a line of 64 bytes, one in most formats.
-//   codes       blocks of 32 inputs, of as many lines as a code has bits. A line is 16 outputs x 4 bytes: byte (r, t)
-//               has bits of W[r, 4q + t] for one quartet q of inputs or several. 8 bits: line q. 4 bits: line q / 2,
-//               the low nibble for even q, the high one for odd.
+// holds the codes of its groups of `group` inputs each, one group after another, and then their parameters. A group is
+// a bundle where its parameters fill a line of 64 bytes; else a bundle has as many groups as it takes.
+//   codes       planes of 8, 4, 2 or 1 bit: 3 bits are a plane of 2 and, above it, one of 1; 5 are 4 and 1; 6 are 4
+//               and 2. A line of a plane is 16 outputs x 4 bytes: byte (r, t) has the bits of W[r, 4q + t] for as many
+//               quartets q of inputs as it holds, the first one lowest. Where there are two planes they alternate:
+//               lines of the lower one, then a line of the upper one for the same inputs.
 //   parameters  rows of 16, one number per output: see Parameter in formats.h.
-// W[n, k] = scale * level(code) + minimum. Every line is 64-byte aligned relative to the strip, one vector of any CPU
-// level holds whole outputs, and lanes are outputs: no horizontal sums. Outputs beyond N have scale = minimum = 0;
-// inputs beyond K have code 0 and meet activations that are 0; groups that only fill the last bundle are not read.
+// W[n, k] = scale * (level(code) + offset) + minimum. Every line is 64-byte aligned relative to the strip, one vector
+// of any CPU level holds whole outputs, and lanes are outputs: no horizontal sums. Outputs beyond N have scale =
+// minimum = 0; inputs beyond K have code 0 and meet activations that are 0; groups that only fill the last bundle are
+// not read.
 #pragma once
 
 #include "core/levels.h"
@@ -62,7 +64,8 @@ struct Prologue {
 // is left: what a strip's group meets lies together. Within a panel
 //   codes   int8  [group / 4][R][4]    codes * scales = x
 //   values  T     [4][group / 4][R]    x[g * group + 4j + t] at [t][j]
-//   scales  float [group / 32][R], code_sums int32 [group / 32][R]: per block of 32, the scale and the sum of the codes
+//   scales  float [blocks][R], code_sums int32 [blocks][R]: per block of 32 (or a smaller group), the scale and the sum
+//           of the codes
 //   sums    T     [R]                  sum of the (quantized) x over the group
 struct Activations {
   bool quantized;  // codes and scales, else values

@@ -12,21 +12,28 @@ using Words = Vec<int32_t>;
 constexpr int kWords = kLanes<int32_t>;       // outputs per vector
 constexpr int kParts = int(kStrip) / kWords;  // vectors per line
 constexpr int64_t kAhead = 2048;              // bytes that the software prefetch runs ahead of the loads
-constexpr int kQuartets = int(kBlock) / 4;    // of a block
 
 template <Format F>
 constexpr FormatTraits kTraits = kFormatTraits[int(F)];
 
-// Quartets per line.
+// Bits of a code in its lower and in its upper plane.
 template <Format F>
-constexpr int kPerLine = int(8 / kTraits<F>.bits);
+constexpr int kUpper = kTraits<F>.bits == 6 ? 2 : kTraits<F>.bits % 2;
+template <Format F>
+constexpr int kLower = int(kTraits<F>.bits) - kUpper<F>;
 
-// Codes are read in runs of so many quartets, numbered u: known when this is compiled, and with it the shifts.
+// Codes are read in runs of so many quartets, numbered u: the unit in which planes alternate, or a pair of quartets.
 template <Format F>
-constexpr int kRun = kPerLine<F> > 2 ? kPerLine<F> : 2;
+constexpr int kRun = kUpper<F>        ? 8 / kUpper<F>
+                     : kLower<F> == 2 ? 4
+                                      : 2;
+
+// Quartets that share one activation scale.
+template <Format F>
+constexpr int kQuartets = int(block_of(kTraits<F>.group ? kTraits<F>.group : kBlock)) / 4;
 
 template <Format F>
-constexpr int64_t kRunBytes = kRun<F> / kPerLine<F> * kLine;
+constexpr int64_t kRunBytes = kRun<F> * kTraits<F>.bits * kLine / 8;
 
 // ---- codes -------------------------------------------------------------------------------------------------------
 
@@ -39,11 +46,34 @@ FW_INLINE Words shift_right(Words w, int bits) {
   return bit_cast<Words>(bit_cast<Vec<uint32_t>>(w) >> bits);
 }
 
-// The codes of a quartet of a run, one in every byte, above it what there is of its neighbours in the line.
+// Where a plane of `bits` has quartet u of a run that begins at bit 0 of its first line.
+constexpr int64_t plane_line(int bits, int64_t u) {
+  return u / (8 / bits) * kLine;
+}
+constexpr int plane_bit(int bits, int64_t u) {
+  return int(u % (8 / bits)) * bits;
+}
+template <Format F>
+constexpr int64_t kUpperPlane = kRun<F> * kLower<F> * kLine / 8;  // where it begins in a run
+
+constexpr int32_t in_every_byte(int bits) {
+  return int32_t(0x01010101u * uint32_t(bits));
+}
+
+// The codes of quartet u, one in every byte; of a single plane with what the line has above them, which is the bits of
+// their neighbours. u is known when this is compiled, and with it the shifts.
 template <Format F>
 FW_INLINE Words code_words(const uint8_t* run, int u, int part) {
-  const Words line = load_words(run + u / kPerLine<F> * kLine, part);
-  return shift_right(line, int(kTraits<F>.bits) * (u % kPerLine<F>));
+  constexpr int lower = kLower<F>, upper = kUpper<F>;
+  const Words low = shift_right(load_words(run + plane_line(lower, u), part), plane_bit(lower, u));
+  if constexpr (upper == 0) {
+    return low;
+  } else {
+    const Words line = load_words(run + kUpperPlane<F> + plane_line(upper, u), part);
+    const int shift = plane_bit(upper, u) - lower;  // to above the bits of the lower plane
+    const Words high = shift < 0 ? line << -shift : shift_right(line, shift);
+    return (low & in_every_byte((1 << lower) - 1)) | (high & in_every_byte(((1 << upper) - 1) << lower));
+  }
 }
 
 // The same as integers that meet int8 activations.
@@ -53,7 +83,7 @@ FW_INLINE Words code_bytes(const uint8_t* run, int u, int part) {
   if constexpr (kTraits<F>.levels == Levels::signed_counted) {
     return w;
   } else {
-    const Words codes = w & (0x01010101 * ((1 << kTraits<F>.bits) - 1));
+    const Words codes = kUpper<F> ? w : w & in_every_byte((1 << kTraits<F>.bits) - 1);
     if constexpr (kTraits<F>.levels == Levels::book) {
       return look_up_bytes(CodeBook<F>::image, codes);
     } else {
@@ -72,6 +102,16 @@ constexpr float image_unit() {
   }
 }
 
+// A float of 4 bits of exponent and 3 of mantissa: moved to where a float has them, with the exponents' difference
+// added. Numbers below 2^-6 have no implicit one: they get that of 2^-6, which is taken away again.
+FW_INLINE Vec<float> widen_e4m3(Words byte) {
+  const Words magnitude = (byte & 0x7f) << 20, sign = (byte & 0x80) << 24;
+  const Words tiny = magnitude < 0x00800000, nan = magnitude == 0x07f00000;
+  const Words bits = magnitude + (nan ? set1(240 << 23) : tiny ? set1(121 << 23) : set1(120 << 23));
+  const Vec<float> value = bit_cast<Vec<float>>(bits) - (tiny ? set1(0x1p-6f) : zero<float>());
+  return bit_cast<Vec<float>>(bit_cast<Words>(value) | sign);
+}
+
 // The level of the code in byte t of every word, in units of level_unit(t). A counted code stays where it is in the
 // word, which saves a shift: level_unit puts the power of two right, exactly.
 template <Format F>
@@ -80,6 +120,8 @@ FW_INLINE Vec<float> level_at(Words w, int t) {
     return look_up(CodeBook<F>::levels, w, 8 * t);
   } else if constexpr (kTraits<F>.levels == Levels::signed_counted) {
     return __builtin_convertvector((w << (24 - 8 * t)) >> 24, Vec<float>);
+  } else if constexpr (kTraits<F>.levels == Levels::e4m3) {
+    return widen_e4m3(shift_right(w, 8 * t));
   } else {
     return __builtin_convertvector(w & (((1 << kTraits<F>.bits) - 1) << (8 * t)), Vec<float>);
   }
@@ -90,20 +132,40 @@ constexpr float level_unit(int t) {
   return kTraits<F>.levels == Levels::counted ? 1.0f / float(1 << (8 * t)) : 1.0f;
 }
 
-// One code, for what goes output by output.
+// The code of input k of a group, for what goes output by output.
 template <Format F>
-FW_INLINE int code_of(const uint8_t* group, int64_t lane, int64_t k) {
-  constexpr int bits = int(kTraits<F>.bits);
-  const int64_t q = k / 4;
-  return group[q / kPerLine<F> * kLine + lane * 4 + k % 4] >> (bits * (q % kPerLine<F>)) & ((1 << bits) - 1);
+FW_INLINE int code_of(const uint8_t* lines, int64_t lane, int64_t k) {
+  constexpr int lower = kLower<F>, upper = kUpper<F>;
+  const int64_t u = k / 4 % kRun<F>;
+  const uint8_t* byte = lines + k / 4 / kRun<F> * kRunBytes<F> + lane * 4 + k % 4;
+  const int low = byte[plane_line(lower, u)] >> plane_bit(lower, u) & ((1 << lower) - 1);
+  if constexpr (upper == 0) {
+    return low;
+  } else {
+    const int high = byte[kUpperPlane<F> + plane_line(upper, u)] >> plane_bit(upper, u) & ((1 << upper) - 1);
+    return low | high << lower;
+  }
 }
 
+// Its inverse, into lines that were all zeros.
+template <Format F>
+FW_INLINE void put_code(uint8_t* lines, int64_t lane, int64_t k, int code) {
+  constexpr int lower = kLower<F>, upper = kUpper<F>;
+  const int64_t u = k / 4 % kRun<F>;
+  uint8_t* byte = lines + k / 4 / kRun<F> * kRunBytes<F> + lane * 4 + k % 4;
+  byte[plane_line(lower, u)] |= uint8_t((code & ((1 << lower) - 1)) << plane_bit(lower, u));
+  if constexpr (upper) byte[kUpperPlane<F> + plane_line(upper, u)] |= uint8_t(code >> lower << plane_bit(upper, u));
+}
+
+// With its offset.
 template <Format F>
 FW_INLINE float level_of(int code) {
   if constexpr (kTraits<F>.levels == Levels::book) {
     return CodeBook<F>::levels[code];
+  } else if constexpr (kTraits<F>.levels == Levels::e4m3) {
+    return widen_e4m3(set1(code))[0];
   } else {
-    return float(kTraits<F>.levels == Levels::signed_counted ? int8_t(code) : code);
+    return float(kTraits<F>.levels == Levels::signed_counted ? int8_t(code) : code + kTraits<F>.offset);
   }
 }
 
@@ -118,16 +180,18 @@ FW_INLINE void keep_in_register([[maybe_unused]] V& acc) {
 
 // ---- groups ------------------------------------------------------------------------------------------------------
 
-template <Format F, typename Byte>
-FW_INLINE Byte* lines_of(const Weight& w, Byte* strip, int64_t g) {
-  constexpr int64_t bundle = bundle_of(kTraits<F>.parameter);
-  return strip + g / bundle * w.bundle_bytes + g % bundle * w.group_bytes;
-}
+template <Format F>
+constexpr int64_t kBundle = bundle_of(kTraits<F>.parameter);
 
 template <Format F, typename Byte>
+FW_INLINE Byte* lines_of(const Weight& w, Byte* strip, int64_t g) {
+  return strip + g / kBundle<F> * w.bundle_bytes + g % kBundle<F> * w.group_bytes;
+}
+
+// Those of the whole bundle.
+template <Format F, typename Byte>
 FW_INLINE Byte* parameters_of(const Weight& w, Byte* strip, int64_t g) {
-  constexpr int64_t each = parameter_bytes(kTraits<F>.parameter), bundle = bundle_of(kTraits<F>.parameter);
-  return strip + g / bundle * w.bundle_bytes + bundle * w.group_bytes + g % bundle * each;
+  return strip + g / kBundle<F> * w.bundle_bytes + kBundle<F> * w.group_bytes;
 }
 
 // Where group g of a panel begins among the activations of M rows, for `each` numbers per row and group; the panel goes
@@ -146,23 +210,54 @@ FW_INLINE Vec<float> power_of_two(Words e) {
   return bit_cast<Vec<float>>(e == 0 ? set1(int32_t(0x00400000)) : e << 23);
 }
 
+// A vector out of row r of numbers that begin at p.
+FW_INLINE Vec<float> float16_row(const uint8_t* p, int64_t r, int part) {
+  return load_as(reinterpret_cast<const float16*>(p) + r * kStrip + part * kWords);
+}
+template <typename Byte>
+FW_INLINE Words byte_row(const uint8_t* p, int64_t r, int part) {
+  using Bytes = typename VecOf<Byte, kWords>::unaligned;
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p + r * kStrip + part * kWords), Words);
+}
+
+// Scale and minimum number j of llama.cpp's 12 bytes: the first four of both are whole, the others have their upper two
+// bits above those.
+struct SixBits {
+  Words scale, minimum;
+};
+FW_INLINE SixBits six_bits(const uint8_t* p, int64_t j, int part) {
+  const auto row = [&](int64_t r) __attribute__((always_inline)) { return byte_row<uint8_t>(p, r, part); };
+  if (j < 4) return {row(j) & 63, row(j + 4) & 63};
+  return {(row(j + 4) & 15) | (row(j - 4) >> 6 << 4), row(j + 4) >> 4 | (row(j) >> 6 << 4)};
+}
+
 template <Format F>
 FW_INLINE Parameters load_parameters(const Weight& w, const uint8_t* strip, int64_t g) {
   constexpr Parameter kind = kTraits<F>.parameter;
   const uint8_t* p = parameters_of<F>(w, strip, g);
-  const float16* h = reinterpret_cast<const float16*>(p);
-  using Bytes = typename VecOf<uint8_t, kWords>::unaligned;
+  const int64_t j = g % kBundle<F>;
   Parameters out;
   FW_UNROLL
   for (int i = 0; i < kParts; ++i) {
+    Vec<float>&scale = out.scale[i], &minimum = out.minimum[i];
     if constexpr (kind == Parameter::scale_f32) {
-      out.scale[i] = load(reinterpret_cast<const float*>(p) + i * kWords);
+      scale = load(reinterpret_cast<const float*>(p) + i * kWords);
     } else if constexpr (kind == Parameter::scale_e8m0) {
-      out.scale[i] = power_of_two(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p + i * kWords), Words));
+      scale = power_of_two(byte_row<uint8_t>(p, j, i));
+    } else if constexpr (kind == Parameter::q4_k) {
+      const SixBits six = six_bits(p + kLine, j, i);
+      scale = float16_row(p, 0, i) * __builtin_convertvector(six.scale, Vec<float>);
+      minimum = -float16_row(p, 1, i) * __builtin_convertvector(six.minimum, Vec<float>);
+    } else if constexpr (kind == Parameter::q6_k) {
+      scale = float16_row(p, 0, i) * __builtin_convertvector(byte_row<int8_t>(p + 2 * kStrip, j, i), Vec<float>);
     } else {
-      out.scale[i] = load_as(h + i * kWords);
+      scale = float16_row(p, j, i);
     }
-    out.minimum[i] = kind == Parameter::scale_minimum ? load_as(h + kStrip + i * kWords) : zero<float>();
+    if constexpr (kind == Parameter::scale_minimum) {
+      minimum = float16_row(p, 1, i);
+    } else if constexpr (kind != Parameter::q4_k) {
+      minimum = kTraits<F>.offset ? scale * float(kTraits<F>.offset) : zero<float>();
+    }
   }
   return out;
 }
@@ -186,6 +281,24 @@ FW_INLINE auto with_format(Format format, const Function& f) {
       return f(FormatTag<Format::iq4_nl>{});
     case Format::mxfp4:
       return f(FormatTag<Format::mxfp4>{});
+    case Format::int2:
+      return f(FormatTag<Format::int2>{});
+    case Format::int3:
+      return f(FormatTag<Format::int3>{});
+    case Format::int5:
+      return f(FormatTag<Format::int5>{});
+    case Format::int6:
+      return f(FormatTag<Format::int6>{});
+    case Format::int4_sym:
+      return f(FormatTag<Format::int4_sym>{});
+    case Format::int8_sym:
+      return f(FormatTag<Format::int8_sym>{});
+    case Format::q4_k:
+      return f(FormatTag<Format::q4_k>{});
+    case Format::q6_k:
+      return f(FormatTag<Format::q6_k>{});
+    case Format::fp8_e4m3:
+      return f(FormatTag<Format::fp8_e4m3>{});
     default:
       return f(FormatTag<Format::int4>{});
   }

@@ -11,6 +11,7 @@ namespace fastweights::quantization::FW_LEVEL {
 template <Format F>
 struct Packed {
   static constexpr Bytes bytes = kBytes<F>;
+  static constexpr int quartets = kQuartets<F>;
   static constexpr int run = kRun<F>;
   static constexpr int64_t run_bytes = kRunBytes<F>;
   static constexpr bool streamed = true;
@@ -18,9 +19,10 @@ struct Packed {
 };
 
 // or lines with a quartet each.
-template <Bytes B>
+template <Bytes B, int Quartets>
 struct Unpacked {
   static constexpr Bytes bytes = B;
+  static constexpr int quartets = Quartets;
   static constexpr int run = 2;
   static constexpr int64_t run_bytes = 2 * kLine;
   static constexpr bool streamed = false;
@@ -59,7 +61,7 @@ static __attribute__((noinline)) void group_tile(const Group& group, const int8_
     }
     // One run at a time; unrolled further, the loads are hoisted and the accumulators spill.
 #pragma GCC unroll 1
-    for (int q = 0; q < kQuartets; q += Source::run, lines += Source::run_bytes) {
+    for (int q = 0; q < Source::quartets; q += Source::run, lines += Source::run_bytes) {
       FW_UNROLL
       for (int u = 0; u < Source::run; ++u) {
         Words w[V];
@@ -86,10 +88,11 @@ static __attribute__((noinline)) void group_tile(const Group& group, const int8_
         part[r][i] = fma(__builtin_convertvector(D::finish(acc[r][i]), Vec<float>), scale, part[r][i]);
       }
     }
-    codes += kBlock * R;
+    codes += 4 * Source::quartets * R;
     if constexpr (Source::streamed) {
       FW_UNROLL
-      for (int64_t i = 0; i < kQuartets / Source::run * Source::run_bytes; i += kLine) prefetch(lines + kAhead + i);
+      for (int64_t i = 0; i < Source::quartets / Source::run * Source::run_bytes; i += kLine)
+        prefetch(lines + kAhead + i);
     }
   }
   FW_UNROLL
@@ -161,8 +164,8 @@ static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t s
       parameters[s] = image_parameters<F>(w, of_strip, g);
       if constexpr (unpack) unpack_group<F>(w, lines_of<F>(w, of_strip, g), bytes + s * unpacked);
     }
-    const Group group{unpack ? bytes : lines_of<F>(w, first, g), unpack ? unpacked : w.strip_bytes, w.group / kBlock,
-                      parameters, sums};
+    const Group group{unpack ? bytes : lines_of<F>(w, first, g), unpack ? unpacked : w.strip_bytes,
+                      w.group / (4 * kQuartets<F>), parameters, sums};
     for (int64_t m = 0; m < rows; m += kIntRows) {
       const int64_t R = rows - m < kIntRows ? rows - m : kIntRows;
       panel_rows<Source, S, kIntRows>(a, group, row + m, m, g, R);
@@ -174,7 +177,7 @@ static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t s
 template <Format F>
 static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
   constexpr int S = kStripsAtOnce;
-  using Bytes = Unpacked<kBytes<F>>;
+  using Bytes = Unpacked<kBytes<F>, kQuartets<F>>;
   const Weight& w = a.weight;
   Scratch scratch(Scratch::take_bytes<float>(S * kRowBlock * kStrip) +
                   Scratch::take_bytes<uint8_t>(S * w.group * kStrip));
@@ -196,7 +199,9 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
 }
 
 void matmul_int8(const MatmulArgs& a, int64_t begin, int64_t end) noexcept {
-  with_format(a.weight.format, [&]<Format F>(FormatTag<F>) { run<F>(a, begin, end); });
+  with_format(a.weight.format, [&]<Format F>(FormatTag<F>) {
+    if constexpr (takes_int8(F)) run<F>(a, begin, end);
+  });
 }
 
 }  // namespace fastweights::quantization::FW_LEVEL

@@ -9,7 +9,8 @@ namespace fastweights::quantization {
 namespace {
 
 // In the order of Format.
-constexpr const char* kNames[] = {"int4", "int8", "nf4", "fp4", "iq4_nl", "mxfp4"};
+constexpr const char* kNames[] = {"int4", "int8", "nf4",      "fp4",      "iq4_nl", "mxfp4", "int2",    "int3",
+                                  "int5", "int6", "int4_sym", "int8_sym", "q4_k",   "q6_k",  "fp8_e4m3"};
 static_assert(std::size(kNames) == std::size(kFormatTraits));
 
 Format format_of(const char* op, const std::string& name) {
@@ -22,17 +23,23 @@ Format format_of(const char* op, const std::string& name) {
   return {};
 }
 
-bool is_finite(Parameter kind, const uint8_t* bundle) {
-  if (kind == Parameter::scale_e8m0) return std::find(bundle, bundle + kLine, 255) == bundle + kLine;
+// The numbers of a bundle's parameters that could be otherwise.
+bool is_finite(Parameter kind, const uint8_t* p) {
+  if (kind == Parameter::scale_e8m0) return std::find(p, p + kLine, 255) == p + kLine;
   if (kind == Parameter::scale_f32) {
-    const float* p = reinterpret_cast<const float*>(bundle);
-    return std::all_of(p, p + kLine / 4, [](float x) { return std::isfinite(x); });
+    const float* scales = reinterpret_cast<const float*>(p);
+    return std::all_of(scales, scales + kStrip, [](float x) { return std::isfinite(x); });
   }
-  const uint16_t* p = reinterpret_cast<const uint16_t*>(bundle);
-  return std::all_of(p, p + kLine / 2, [](uint16_t x) { return (x & 0x7c00) != 0x7c00; });
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+  const int64_t rows = kind == Parameter::q6_k ? 1 : 2;
+  return std::all_of(halves, halves + rows * kStrip, [](uint16_t x) { return (x & 0x7c00) != 0x7c00; });
 }
 
 }  // namespace
+
+const char* format_name(Format format) {
+  return kNames[int(format)];
+}
 
 Weight weight_layout(const char* op, const std::string& format, int64_t out_features, int64_t in_features,
                      int64_t group_size) {
@@ -42,7 +49,7 @@ Weight weight_layout(const char* op, const std::string& format, int64_t out_feat
   const FormatTraits& traits = kFormatTraits[int(w.format)];
   check(traits.group == 0 || group_size == traits.group, op, "expected group_size ", traits.group, " for format ",
         format, ", got ", group_size);
-  check(group_size > 0 && group_size % kBlock == 0 && group_size <= 1 << 16, op,
+  check(traits.group || (group_size > 0 && group_size % kBlock == 0 && group_size <= 1 << 16), op,
         "expected group_size a positive multiple of ", kBlock, " up to 65536, got ", group_size);
   check(out_features >= 0 && out_features < kMost, op, "expected 0 <= out_features < 2^31, got ", out_features);
   check(in_features >= 0 && in_features < kMost, op, "expected 0 <= in_features < 2^31, got ", in_features);
@@ -52,8 +59,8 @@ Weight weight_layout(const char* op, const std::string& format, int64_t out_feat
   w.strips = (out_features + kStrip - 1) / kStrip;
   w.groups = (in_features + group_size - 1) / group_size;
   const int64_t bundle = bundle_of(traits.parameter);
-  w.group_bytes = group_size / kBlock * traits.bits * kLine;
-  w.bundle_bytes = bundle * w.group_bytes + kLine;
+  w.group_bytes = group_size * kStrip * traits.bits / 8;
+  w.bundle_bytes = bundle * w.group_bytes + parameter_bytes(traits.parameter);
   w.strip_bytes = (w.groups + bundle - 1) / bundle * w.bundle_bytes;
   return w;
 }
@@ -72,14 +79,15 @@ PackedWeight weight_of(const char* op, const Tensor& packed, const std::string& 
 
 bool stores_float16(const Weight& w) {
   const Parameter kind = kFormatTraits[int(w.format)].parameter;
-  return kind == Parameter::scale_minimum || kind == Parameter::scale_f16;
+  return kind != Parameter::scale_f32 && kind != Parameter::scale_e8m0;
 }
 
 void check_finite(const char* op, const char* what, const Weight& w) {
+  const Parameter kind = kFormatTraits[int(w.format)].parameter;
   const int64_t bundles = w.strip_bytes / w.bundle_bytes;
   for (int64_t i = 0; i < w.strips * bundles; ++i) {
-    check(is_finite(kFormatTraits[int(w.format)].parameter, w.packed + (i + 1) * w.bundle_bytes - kLine), op,
-          "expected ", what, ", got an infinite or NaN scale or minimum in outputs ", i / bundles * kStrip, " to ",
+    check(is_finite(kind, w.packed + (i + 1) * w.bundle_bytes - parameter_bytes(kind)), op, "expected ", what,
+          ", got an infinite or NaN scale or minimum in outputs ", i / bundles * kStrip, " to ",
           (i / bundles + 1) * kStrip - 1);
   }
 }

@@ -10,6 +10,8 @@
 
 namespace fastweights::quantization {
 
+const char* format_name(Format format);
+
 // The layout of a weight [out_features, in_features]; `packed` is not set.
 Weight weight_layout(const char* op, const std::string& format, int64_t out_features, int64_t in_features,
                      int64_t group_size);

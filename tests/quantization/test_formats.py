@@ -8,7 +8,7 @@ from gguf import quants
 
 import fastweights as fw
 from fastweights.ops.quantization.formats import FORMATS
-from fastweights.ops.quantization.layout import pack, unpack
+from fastweights.ops.quantization.layout import pack, pack_stored, unpack
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
 
 BOOKS = ["nf4", "fp4", "iq4_nl", "mxfp4"]
@@ -30,7 +30,7 @@ def every_code(format):
     codes = codes.unflatten(1, (-1, FORMATS[format].group_size))
     scale = torch.linspace(0.5, 2, codes.shape[0] * codes.shape[1]).view(16, -1, 1)
     scale = scale.half().float() if format != "mxfp4" else scale.log2().round().exp2()
-    return codes, scale, pack(codes, scale, torch.zeros_like(scale), format, (16, 64), "float")
+    return codes, scale, pack(codes, scale, None, format, (16, 64), "float")
 
 
 @pytest.mark.parametrize("format", BOOKS)
@@ -49,7 +49,7 @@ def test_every_code_has_its_level(format):
 def test_int8_activations_meet_the_image(format):
     form = FORMATS[format]
     codes, scale, _ = every_code(format)
-    qt = pack(codes, scale, torch.zeros_like(scale), format, (16, 64), "int8")
+    qt = pack(codes, scale, None, format, (16, 64), "int8")
     image = torch.tensor(form.image) * form.image_unit
     expected = (image[codes.long()] * scale).flatten(1).T
     for level in available_cpu_levels():
@@ -94,7 +94,7 @@ def test_fp4_rounds_as_bitsandbytes():
 
 
 def test_mxfp4_scales_and_rounds_as_its_standard():
-    # The largest magnitude falls into [4, 8) and is clamped to 6; halfway goes to the even mantissa.
+    # The largest magnitude falls into [4, 8), is clamped to 6; halfway goes to the even mantissa.
     halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.5])
     assert codes_of(halfway, "mxfp4").tolist() == [0, 2, 2, 4, 4, 6, 6, 7]
     assert codes_of(-halfway, "mxfp4").tolist() == [0, 10, 10, 12, 12, 14, 14, 15]
@@ -113,22 +113,121 @@ def test_a_grid_of_iq4_nl_is_reproduced():
     assert_equal(again.packed, qt.packed)
 
 
-@pytest.mark.parametrize(("format", "kind"), [("iq4_nl", "IQ4_NL"), ("mxfp4", "MXFP4")])
-def test_blocks_of_gguf_decode_to_the_same_numbers(format, kind):
-    n, k = 48, 128
-    codes = np.random.default_rng(0).integers(0, 16, (n, k // 32, 32), dtype=np.uint8)
-    nibbles = codes[..., :16] | codes[..., 16:] << 4
-    if format == "mxfp4":
-        scales = np.random.default_rng(1).integers(0, 250, (n, k // 32, 1), dtype=np.uint8)
-        exponents = torch.from_numpy(scales.astype(np.float64)) - 127
-        scale = exponents.exp2().float()
-    else:
-        stored = np.random.default_rng(1).standard_normal((n, k // 32, 1)).astype(np.float16)
-        scale, scales = torch.from_numpy(stored.astype(np.float32)), stored.view(np.uint8)
-    blocks = np.concatenate([scales, nibbles], 2).reshape(n, -1)
-    expected = quants.dequantize(blocks, getattr(gguf.GGMLQuantizationType, kind))
-    qt = pack(torch.from_numpy(codes), scale, torch.zeros_like(scale), format, (n, k), "float")
-    assert_equal(fw.dequantize(qt), torch.from_numpy(expected))
+def halves(seed, *shape):
+    """float16 numbers as numpy bytes and as float32."""
+    stored = np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
+    return stored[..., None].view(np.uint8), torch.from_numpy(stored.astype(np.float32))
+
+
+def integers(seed, low, high, *shape):
+    return np.random.default_rng(seed).integers(low, high, shape, dtype=np.int16)
+
+
+def pairs(codes):
+    """Nibbles as llama.cpp's older blocks of 32 have them."""
+    return (codes[..., :16] | codes[..., 16:] << 4).astype(np.uint8)
+
+
+# Each function makes blocks of a GGUF file for a weight [48, 512] and what QuantizedTensor stores.
+
+
+def q4_0():
+    (d, scale), codes = halves(1, 48, 16), integers(2, 0, 16, 48, 16, 32)
+    return np.concatenate([d, pairs(codes)], 2), "int4_sym", codes, (scale,)
+
+
+def q4_1():
+    (d, scale), (m, minimum) = halves(1, 48, 16), halves(3, 48, 16)
+    codes = integers(2, 0, 16, 48, 16, 32)
+    return np.concatenate([d, m, pairs(codes)], 2), "int4", codes, (scale, minimum)
+
+
+def fifth_bits(codes):
+    bits = (codes >> 4).astype(np.uint64) << np.arange(32, dtype=np.uint64)
+    return bits.sum(2).astype(np.uint32)[..., None].view(np.uint8)
+
+
+def q5_0():
+    (d, scale), codes = halves(1, 48, 16), integers(2, 0, 32, 48, 16, 32)
+    blocks = np.concatenate([d, fifth_bits(codes), pairs(codes & 15)], 2)
+    return blocks, "int5", codes, (scale, -16 * scale)
+
+
+def q5_1():
+    (d, scale), (m, minimum) = halves(1, 48, 16), halves(3, 48, 16)
+    codes = integers(2, 0, 32, 48, 16, 32)
+    blocks = np.concatenate([d, m, fifth_bits(codes), pairs(codes & 15)], 2)
+    return blocks, "int5", codes, (scale, minimum)
+
+
+def q8_0():
+    (d, scale), codes = halves(1, 48, 16), integers(2, -128, 128, 48, 16, 32)
+    bytes_ = codes.astype(np.int8).view(np.uint8)
+    return np.concatenate([d, bytes_], 2), "int8_sym", bytes_, (scale,)
+
+
+def iq4_nl():
+    (d, scale), codes = halves(1, 48, 16), integers(2, 0, 16, 48, 16, 32)
+    return np.concatenate([d, pairs(codes)], 2), "iq4_nl", codes, (scale,)
+
+
+def mxfp4():
+    exponents, codes = integers(1, 0, 250, 48, 16), integers(2, 0, 16, 48, 16, 32)
+    scale = torch.from_numpy(exponents.astype(np.float64) - 127).exp2().float()
+    blocks = np.concatenate([exponents[..., None].astype(np.uint8), pairs(codes)], 2)
+    return blocks, "mxfp4", codes, (scale,)
+
+
+def q4_k():
+    (d, scale), (m, minimum) = halves(1, 48, 2), halves(3, 48, 2)
+    codes = integers(2, 0, 16, 48, 2, 4, 2, 32)
+    sc, mins = integers(4, 0, 64, 48, 2, 8), integers(5, 0, 64, 48, 2, 8)
+    six = np.concatenate(
+        [
+            sc[..., :4] | (sc[..., 4:] >> 4 << 6),
+            mins[..., :4] | (mins[..., 4:] >> 4 << 6),
+            (sc[..., 4:] & 15) | ((mins[..., 4:] & 15) << 4),
+        ],
+        2,
+    )
+    nibbles = (codes[..., 0, :] | codes[..., 1, :] << 4).reshape(48, 2, 128)
+    blocks = np.concatenate([d, m, six.astype(np.uint8), nibbles.astype(np.uint8)], 2)
+    per_group = [t.repeat_interleave(8, 1) for t in (scale, minimum)]
+    parts = [torch.from_numpy(t.reshape(48, 16)) for t in (sc, mins)]
+    return blocks, "q4_k", codes.reshape(48, 16, 32), (*per_group, *parts)
+
+
+def q6_k():
+    (d, scale), codes = halves(1, 48, 2), integers(2, 0, 64, 48, 2, 2, 4, 32)
+    sc = integers(4, -128, 128, 48, 2, 16)
+    low = np.concatenate([codes[..., :2, :] & 15, codes[..., 2:, :] & 15], -2)
+    low = low[..., :2, :] | low[..., 2:, :] << 4
+    high = sum((codes[..., i, :] >> 4) << (2 * i) for i in range(4))
+    parts = [low.reshape(48, 2, 128), high.reshape(48, 2, 64), sc.astype(np.int8).view(np.uint8), d]
+    blocks = np.concatenate([t.astype(np.uint8) for t in parts], 2)
+    scales = torch.from_numpy(sc.reshape(48, 32))
+    return blocks, "q6_k", codes.reshape(48, 32, 16), (scale.repeat_interleave(16, 1), scales)
+
+
+@pytest.mark.parametrize("make", [q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, mxfp4, q4_k, q6_k])
+def test_blocks_of_gguf_decode_to_the_same_numbers(make):
+    blocks, format, codes, parameters = make()
+    kind = getattr(gguf.GGMLQuantizationType, make.__name__.upper())
+    expected = torch.from_numpy(quants.dequantize(blocks.reshape(48, -1), kind))
+    codes = torch.from_numpy(codes.astype(np.uint8))
+    qt = pack_stored(codes, parameters, format, (48, 512), "float")
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            assert_equal(fw.dequantize(qt), expected)
+
+
+def test_six_bit_scales_are_packed_as_in_llama_cpp():
+    sc, m = torch.tensor([1, 2, 3, 4, 21, 38, 55, 63]), torch.tensor([5, 6, 7, 8, 17, 34, 51, 60])
+    ones = torch.ones(1, 8)
+    codes = torch.zeros(1, 8, 32, dtype=torch.uint8)
+    qt = pack_stored(codes, (ones, ones, sc[None], m[None]), "q4_k", (1, 256), "float")
+    rows = qt.packed[0, -192:].view(12, 16)[:, 0]
+    assert bytes(rows.tolist()).hex() == "4182c3c44586c7c8152637cf"
 
 
 def test_mxfp4_quantizes_as_gguf():

@@ -14,8 +14,8 @@ def snr(w, approximation):
     return float(10 * torch.log10(w.square().mean() / (w - approximation).square().mean()))
 
 
-# N(0, 1). Published: Q4_1 (the same grid without search, group 32) 22.14 dB, asymmetric int4 of the
-# GPTQ rule at group 64 / 128 20.82 / 19.95 dB, Q8_0 (8.5 bits) 45.42 dB; nf4 and fp4 are published
+# N(0, 1). Published: Q4_1 (the same grid without search, group 32) 22.14 dB, Q4_0 21.31 dB, Q8_0
+# 45.42 dB, int4 of the GPTQ rule at group 64 / 128 20.82 / 19.95 dB; nf4 and fp4 are published
 # themselves, their scale being a rule.
 @pytest.mark.parametrize(
     ("format", "group_size", "bits", "expected"),
@@ -30,6 +30,16 @@ def snr(w, approximation):
         ("nf4", 256, 4.125, 20.11),
         ("fp4", 64, 4.5, 18.28),
         ("iq4_nl", 32, 4.5, 22.57),
+        ("int4_sym", 32, 4.5, 21.84),
+        ("int8_sym", 32, 8.5, 45.45),
+        ("int2", 64, 2.5, 9.76),
+        ("int3", 64, 3.5, 15.51),
+        ("int5", 64, 5.5, 27.73),
+        ("int6", 64, 6.5, 33.78),
+        ("mxfp4", 32, 4.25, 18.79),
+        ("fp8_e4m3", 64, 8.5, 32.02),
+        ("q4_k", 32, 4.5, 22.75),
+        ("q6_k", 16, 6.625, 35.47),
     ],
 )
 def test_error_on_a_gaussian(format, group_size, bits, expected):

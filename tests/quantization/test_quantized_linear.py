@@ -9,7 +9,7 @@ from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.tensor import packed_shape
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
 
-MODES = [(f, a) for f in FORMATS for a in ("float", "int8")]
+MODES = [(name, a) for name, form in FORMATS.items() for a in form.activations]
 
 
 def weight(n, k, format="int4", group_size=None, activation="float"):
@@ -47,7 +47,7 @@ def test_large_products_split_over_threads(format, activation):
 def test_a_bad_number_reaches_its_row_and_no_other(format, activation, bad):
     x = torch.randn(6, 100)
     x[3, 70] = bad
-    qt = weight(20, 100, format, 32, activation)
+    qt = weight(20, 100, format, activation=activation)
     y = fw.quantized_linear(x, qt)
     assert not y[3].isfinite().any()
     keep = torch.arange(6) != 3
@@ -70,6 +70,21 @@ def test_extreme_codes_do_not_saturate():
             x = torch.full((5, 64), sign)
             expected = reference.quantized_linear(x.double(), qt)
             assert_close(fw.quantized_linear(x, qt), expected, tolerance=1e-6)
+
+
+def test_the_code_of_no_opposite_is_exact():
+    # -128 is not written here, but files of GPTQ and Q8_0 hold it.
+    codes = torch.full((16, 2, 32), -128).to(torch.uint8)
+    codes[3, :, ::2] = 127
+    scale = torch.ones(16, 2, 1)
+    qt = reference.pack(codes, scale, None, "int8_sym", (16, 64), "int8")
+    x = torch.tensor([[127.0], [-127.0]]).repeat(3, 64)
+    x[:, 5::2] *= -1
+    expected = reference.quantized_linear(x.double(), qt)
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            for rows in (1, 6):
+                assert_close(fw.quantized_linear(x[:rows], qt), expected[:rows], tolerance=1e-6)
 
 
 def test_only_the_packed_weight_is_saved():

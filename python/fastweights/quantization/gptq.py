@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.functional import quantize
-from fastweights.ops.quantization.layout import pack, unpack
+from fastweights.ops.quantization.layout import unpack, with_codes
 from fastweights.ops.quantization.tensor import QuantizedTensor
 
 __all__ = ["gptq", "round_columns"]
@@ -37,7 +37,7 @@ def gptq(
         w: ``[N, K]``, finite.
         hessian: ``[K, K]``, ``X X^T`` of inputs X ``[K, tokens]`` in any scale; inputs that never
             occur have a zero on the diagonal.
-        format: see `fastweights.quantize`; one whose levels are evenly spaced, as "int4" and "int8".
+        format: see `fastweights.quantize`; one whose levels are evenly spaced, such as "int4".
         group_size: see `fastweights.quantize`.
         activation: see `fastweights.quantize`.
         damping: of the Hessian, a share of the mean of its diagonal.
@@ -74,7 +74,7 @@ def gptq(
         act_order=act_order,
     )
     codes.flatten(1)[:, :k] = form.encode(rounded)
-    return pack(codes, scale, minimum, format, grid.shape, activation)
+    return with_codes(grid, codes)
 
 
 def round_columns(

@@ -43,8 +43,8 @@ def quantize_(
         activation: "float" or "int8", see `fastweights.quantized_linear`.
         skip: names (a layer is skipped if its qualified name equals one or ends with "." + one), or
             a predicate ``skip(qualified_name, module)``.
-        embedding_format: "int8" or another format to quantize embeddings, and linear layers tied to them
-            whatever `skip` says of those.
+        embedding_format: "int8" or another format to quantize embeddings, and linear layers tied to
+            them whatever `skip` says of those.
 
     Returns:
         The model.

@@ -15,7 +15,15 @@ STRIP = 16
 LINE = 64
 """Bytes of a line, the unit of everything that is stored."""
 
-_PARAMETER_BYTES = {"scale+minimum": 4, "float16": 2, "float32": 4, "e8m0": 1}
+# Groups of a bundle, and lines that their parameters fill.
+_BUNDLES = {
+    "scale+minimum": (1, 1),
+    "float16": (2, 1),
+    "float32": (1, 1),
+    "e8m0": (4, 1),
+    "q4_k": (8, 4),
+    "q6_k": (16, 5),
+}
 
 
 @dataclass(frozen=True)
@@ -25,13 +33,15 @@ class Format:
     Args:
         bits: of a code.
         levels: by code.
-        parameters: what a group stores: "scale+minimum" (two float16), or only a scale, as
-            "float16", "float32" or "e8m0" (a byte e for 2^(e - 127)).
+        parameters: what a group stores: "scale+minimum" (two float16); only a scale, as "float16",
+            "float32" or "e8m0" (a byte e for 2^(e - 127)); or "q4_k" and "q6_k", numbers of few
+            bits that 8 and 16 groups share a float16 scale for.
         group_size: inputs per scale where the caller has no wish.
         any_group: whether other multiples of 32 will do.
         image: by code, the integers that stand for the levels where activations are int8; None:
             the levels themselves.
         image_unit: an image of 1 is this level.
+        activations: what it can meet.
     """
 
     bits: int
@@ -41,6 +51,7 @@ class Format:
     any_group: bool = True
     image: tuple[int, ...] | None = None
     image_unit: float = 1.0
+    activations: tuple[str, ...] = ("float", "int8")
 
     @property
     def is_grid(self) -> bool:
@@ -54,18 +65,22 @@ class Format:
 
     @property
     def has_minimum(self) -> bool:
-        """Whether a group stores a minimum beside its scale."""
-        return self.parameters == "scale+minimum"
-
-    @property
-    def parameter_bytes(self) -> int:
-        """Of one group of one strip."""
-        return _PARAMETER_BYTES[self.parameters] * STRIP
+        """Whether a group has a minimum beside its scale."""
+        return self.parameters in ("scale+minimum", "q4_k")
 
     @property
     def bundle(self) -> int:
-        """Groups whose parameters fill a line."""
-        return LINE // self.parameter_bytes
+        """Groups whose parameters lie together."""
+        return _BUNDLES[self.parameters][0]
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of a bundle of one strip."""
+        return _BUNDLES[self.parameters][1] * LINE
+
+    def bundle_bytes(self, group_size: int) -> int:
+        """Codes and parameters of a bundle of one strip."""
+        return self.bundle * group_size * STRIP * self.bits // 8 + self.parameter_bytes
 
     def encode(self, levels: Tensor) -> Tensor:
         """Codes (uint8) of levels of a grid."""
@@ -95,6 +110,7 @@ _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_IMAGE = (0, 1, 2, 3, 4, 6, 8, 12)
 # fmt: on
+_E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
 
 
 def _and_negative(half: tuple[float, ...]) -> tuple[float, ...]:
@@ -108,6 +124,15 @@ def _integers_and_negative(half: tuple[int, ...]) -> tuple[int, ...]:
 FORMATS = {
     "int4": Format(4, tuple(range(16)), "scale+minimum"),
     "int8": Format(8, (*range(128), *range(-128, 0)), "scale+minimum"),
+    "int2": Format(2, tuple(range(4)), "scale+minimum"),
+    "int3": Format(3, tuple(range(8)), "scale+minimum"),
+    "int5": Format(5, tuple(range(32)), "scale+minimum"),
+    "int6": Format(6, tuple(range(64)), "scale+minimum"),
+    "int4_sym": Format(4, tuple(range(-8, 8)), "float16", group_size=32),
+    "int8_sym": Format(8, (*range(128), *range(-128, 0)), "float16", group_size=32),
+    "q4_k": Format(4, tuple(range(16)), "q4_k", group_size=32, any_group=False),
+    "q6_k": Format(6, tuple(range(-32, 32)), "q6_k", group_size=16, any_group=False),
+    "fp8_e4m3": Format(8, _E4M3, "float32", activations=("float",)),
     "nf4": Format(4, _NF4, "float32", image=_NF4_IMAGE, image_unit=1 / 127),
     "fp4": Format(
         4,

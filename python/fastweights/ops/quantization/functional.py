@@ -27,33 +27,38 @@ def quantize(
 ) -> QuantizedTensor:
     """Round a weight to a format of few bits, without calibration.
 
-    Every group of `group_size` inputs of every output gets a scale, and for the first two formats
-    a minimum; a weight is ``scale * level + minimum``.
+    Every group of `group_size` inputs of every output gets a scale, in some formats a minimum; a
+    weight is ``scale * level + minimum``. docs/quantization.md has their errors and how to choose.
 
-    - "int4", "int8": levels 0..15 and -127..127, scale and minimum in float16. For "int4" they are
-      searched: seven shrunk ranges, each refined by least squares for its codes, the one of least
-      squared error kept. A weight that lies on such a grid already (GGUF Q4_1 at group 32) is
-      reproduced exactly.
+    - "int2", "int3", "int4", "int5", "int6", "int8": levels from 0 (int8: -127 to 127), scale and
+      minimum in float16, both searched: seven shrunk ranges, each refined by least squares for its
+      levels, the one of least squared error kept ("int8": the plain range). A weight on such a grid
+      already (GGUF Q4_1: "int4" at 32; Q5_0, Q5_1: "int5") is reproduced.
+    - "int4_sym", "int8_sym": levels -8..7 and -127..127 and no minimum, scale in float16 (GGUF Q4_0
+      and Q8_0).
+    - "q4_k", "q6_k": llama.cpp's super-blocks of 256 inputs, whose scales (and minima) per 32 and
+      per 16 inputs are 6 and 8 bits and share a float16.
     - "nf4", "fp4": the code books of bitsandbytes, and its rounding; the scale is the largest
       magnitude, in float32.
     - "iq4_nl": llama.cpp's code book with a float16 scale, searched.
     - "mxfp4": the OCP microscaling format: E2M1 levels, a power of two per 32 inputs, as its
       standard says; halfway goes to the even mantissa.
+    - "fp8_e4m3": 8-bit floats with a float32 scale, which takes the largest magnitude to 448.
 
     Args:
         w: ``[N, K]``, any N and K; float32, bfloat16, float16 or float64, finite, magnitudes
             within float16 where scales are.
         format: one of the above.
-        group_size: inputs per scale, a multiple of 32; None means 64, and 32 for "iq4_nl" and
-            "mxfp4", which has no other.
+        group_size: inputs per scale, a multiple of 32. None means 32 for "int4_sym", "int8_sym" and
+            "iq4_nl", else 64. "q4_k" and "mxfp4" have 32, "q6_k" has 16, and no other.
         activation: what `quantized_linear` will do with its input, see there. "float" is exact;
-            "int8" is the fast one for many rows.
+            "int8" is the fast one for many rows, which "fp8_e4m3" does not have.
 
     Returns:
         QuantizedTensor; it has no gradient to w.
 
     Raises:
-        ValueError: unknown format or activation.
+        ValueError: unknown format or activation, or one that does not go with the other.
         RuntimeError: a w that is not a finite matrix, a group size that the format does not have.
 
     Example:
@@ -65,6 +70,11 @@ def quantize(
         raise ValueError(f"quantize: expected format in {sorted(FORMATS)}, got {format!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"quantize: expected activation in {ACTIVATIONS}, got {activation!r}")
+    if activation not in FORMATS[format].activations:
+        raise ValueError(
+            f"quantize: expected activation in {FORMATS[format].activations} for format "
+            f"{format!r}, got {activation!r}"
+        )
     group_size = FORMATS[format].group_size if group_size is None else group_size
     w = w.detach()
     if needs_reference(w):
@@ -114,12 +124,12 @@ def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None)
     """``y = x W^T + bias`` with a quantized weight that is never written out.
 
     With ``qt.activation == "float"`` x meets the exact ``scale * level + minimum`` in float32. With
-    "int8" every 32 inputs of a row of x are first rounded to multiples of their largest
-    magnitude / 127 (relative error about 0.4 %), and meet integers: "nf4" and "fp4" round their
-    levels to multiples of 1/127 and 1/96 for it (0.03 dB), the other formats are exact. Either way
-    a row's result is the same bits for any number of rows, and for any number of threads. The
-    gradient to x is ``dy W`` (straight-through for "int8"); it decodes panels of the packed weight,
-    which is all that is saved.
+    "int8" every 32 inputs of a row of x (16 for "q6_k") are first rounded to multiples of their
+    largest magnitude / 127 (relative error about 0.4 %), and meet integers: "nf4" and "fp4" round
+    their levels to multiples of 1/127 and 1/96 for it (0.03 dB), the other formats are exact.
+    Either way a row's result is the same bits for any number of rows, and for any number of
+    threads. The gradient to x is ``dy W`` (straight-through for "int8"); it decodes panels of the
+    packed weight, which is all that is saved.
 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64 (computed in float32; in float64 for

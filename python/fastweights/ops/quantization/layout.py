@@ -2,72 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization.formats import FORMATS, LINE, STRIP, Format
+from fastweights.ops.quantization.formats import FORMATS, STRIP, Format
 from fastweights.ops.quantization.tensor import QuantizedTensor, packed_shape
 
-__all__ = ["pack", "unpack", "unpack_parameters"]
-
-_BLOCK = 32
+__all__ = ["pack", "pack_stored", "unpack", "unpack_parameters", "with_codes"]
 
 
 def pack(
     codes: Tensor,
     scale: Tensor,
-    minimum: Tensor,
+    minimum: Tensor | None,
     format: str,
     shape: tuple[int, int],
     activation: str,
 ) -> QuantizedTensor:
-    """Codes ``[N, G, g]``, scale and minimum ``[N, G, 1]`` in the layout of the kernels."""
-    form, group_size = FORMATS[format], codes.shape[2]
-    codes, scale, minimum = (
-        _to_strips(t) for t in (codes.to(torch.uint8), scale.float(), minimum.float())
-    )  # [S, 16, G, ...]
-    lines = _pack_codes(codes, form.bits).flatten(2)  # [S, G, bytes]
-    parameters = _pack_parameters(scale[..., 0], minimum[..., 0], form)
-    missing = -lines.shape[1] % form.bundle
-    bundles = [
-        torch.cat([t, t.new_zeros(t.shape[0], missing, t.shape[2])], 1)
-        .unflatten(1, (-1, form.bundle))
-        .flatten(2)
-        for t in (lines, parameters)
-    ]
-    stored = torch.cat(bundles, 2).flatten(1).contiguous()
-    return QuantizedTensor(stored, format, shape, group_size, activation)
+    """A weight in the layout of the kernels, where groups store a scale or a scale and a minimum.
+
+    Args:
+        codes: ``[N, G, g]``, integers; negative ones in two's complement.
+        scale: ``[N, G, 1]``.
+        minimum: ``[N, G, 1]``, or None where the format has none.
+        format: name.
+        shape: ``(N, K)``.
+        activation: see `QuantizedTensor`.
+    """
+    parameters = [scale[..., 0]]
+    if minimum is not None and FORMATS[format].has_minimum:
+        parameters.append(minimum[..., 0])
+    return pack_stored(codes, parameters, format, shape, activation)
+
+
+def pack_stored(
+    codes: Tensor,
+    parameters: Sequence[Tensor],
+    format: str,
+    shape: tuple[int, int],
+    activation: str,
+) -> QuantizedTensor:
+    """The same from what the format stores.
+
+    Args:
+        codes: see `pack`.
+        parameters: ``[N, G]`` each: (scale, minimum) for "scale+minimum", (d, dmin, scales, minima)
+            for "q4_k" and (d, scales) for "q6_k", integers but for d and dmin, which are the same
+            for all groups of a bundle; else (scale,).
+        format: see `pack`.
+        shape: see `pack`.
+        activation: see `pack`.
+    """
+    form = FORMATS[format]
+    stored = _pack_parameters([_by_bundle(_to_strips(t), form) for t in parameters], form)
+    bundles = torch.cat([_pack_codes(codes, form), stored], 2)
+    return QuantizedTensor(bundles.flatten(1), format, shape, codes.shape[2], activation)
 
 
 def unpack(qt: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[N, G, g]`` (uint8), scale and minimum ``[N, G, 1]`` (float32)."""
     form = FORMATS[qt.format]
-    n, _ = qt.shape
-    lines = _bundles(qt)[..., : -LINE].unflatten(2, (form.bundle, -1)).flatten(1, 2)
-    codes = _unpack_codes(lines[:, : _groups(qt)], form.bits).flatten(0, 1)[:n]
+    lines = _bundles(qt)[..., : -form.parameter_bytes].unflatten(2, (form.bundle, -1))
+    codes = _unpack_lines(lines.flatten(1, 2)[:, : _groups(qt)], form.bits)
     scale, minimum = unpack_parameters(qt)
-    return codes, scale, minimum
+    return codes.flatten(0, 1)[: qt.shape[0]], scale, minimum
 
 
 def unpack_parameters(qt: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum ``[N, G, 1]``, float32."""
     form = FORMATS[qt.format]
-    rows = _bundles(qt)[..., -LINE:].unflatten(2, (form.bundle, -1)).flatten(1, 2).contiguous()
-    rows = rows[:, : _groups(qt)]
-    if form.parameters == "e8m0":
-        bits = torch.where(rows == 0, 1 << 22, rows.int() << 23)
-        scale = bits.int().view(torch.float32)
-        scale = torch.where(rows == 255, torch.nan, scale)
-    elif form.parameters == "float32":
-        scale = rows.view(torch.float32)
-    else:
-        scale = rows.view(torch.float16).float()
-    minimum = scale[..., STRIP:] if form.has_minimum else torch.zeros_like(scale)
-    n, _ = qt.shape
-    scale, minimum = (
-        t.transpose(1, 2).flatten(0, 1)[:n, :, None] for t in (scale[..., :STRIP], minimum)
+    stored = _bundles(qt)[..., -form.parameter_bytes :]
+    scale, minimum = (  # [S, groups, 16]
+        t.flatten(1, 2)[:, : _groups(qt)] for t in _unpack_parameters(stored, form)
     )
+    n, _ = qt.shape
+    scale, minimum = (t.transpose(1, 2).flatten(0, 1)[:n, :, None] for t in (scale, minimum))
     return scale, minimum
+
+
+def with_codes(qt: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
+    """The same scales and minima with other codes ``[N, G, g]``."""
+    form = FORMATS[qt.format]
+    stored = _bundles(qt)[..., -form.parameter_bytes :]
+    bundles = torch.cat([_pack_codes(codes, form), stored], 2)
+    return replace(qt, packed=bundles.flatten(1))
 
 
 def _groups(qt: QuantizedTensor) -> int:
@@ -76,39 +97,130 @@ def _groups(qt: QuantizedTensor) -> int:
 
 def _bundles(qt: QuantizedTensor) -> Tensor:
     """Packed bytes ``[S, bundles, bytes of one]``."""
-    form = FORMATS[qt.format]
     strips, stored = packed_shape(qt.format, *qt.shape, qt.group_size)
-    each = form.bundle * qt.group_size // _BLOCK * form.bits * LINE + LINE
+    each = FORMATS[qt.format].bundle_bytes(qt.group_size)
     return qt.packed.reshape(strips, stored // each, each)
 
 
-def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """``[S, 16, G, g]`` to ``[S, G, blocks * bits, 16, 4]``: lines of ``8 / bits`` quartets."""
-    quartets = codes.unflatten(3, (-1, 8 // bits, 4))
-    words = quartets[..., 0, :].clone()
-    for u in range(1, 8 // bits):
-        words |= quartets[..., u, :] << (bits * u)
-    return words.permute(0, 2, 3, 1, 4)
-
-
-def _unpack_codes(lines: Tensor, bits: int) -> Tensor:
-    """``[S, G, bytes]`` to ``[S, 16, G, g]``."""
-    words = lines.unflatten(2, (-1, STRIP, 4)).permute(0, 3, 1, 2, 4)
-    quartets = [(words >> (bits * u)) & ((1 << bits) - 1) for u in range(8 // bits)]
-    return torch.stack(quartets, 4).flatten(3)
-
-
-def _pack_parameters(scale: Tensor, minimum: Tensor, form: Format) -> Tensor:
-    """``[S, 16, G]`` to ``[S, G, bytes]``."""
-    scale, minimum = scale.transpose(1, 2).contiguous(), minimum.transpose(1, 2).contiguous()
-    if form.parameters == "e8m0":
-        return (scale.view(torch.int32) >> 23).to(torch.uint8)
-    if form.parameters == "float32":
-        return scale.view(torch.uint8)
-    rows = torch.cat([scale, minimum], 2) if form.has_minimum else scale
-    return rows.half().view(torch.uint8)
-
-
 def _to_strips(t: Tensor) -> Tensor:
+    """``[N, ...]`` to ``[S, 16, ...]``."""
     missing = -t.shape[0] % STRIP
     return torch.cat([t, t.new_zeros(missing, *t.shape[1:])]).unflatten(0, (-1, STRIP))
+
+
+def _by_bundle(t: Tensor, form: Format) -> Tensor:
+    """``[S, 16, G]`` to ``[S, bundles, groups of a bundle, 16]``."""
+    missing = -t.shape[2] % form.bundle
+    t = torch.cat([t, t.new_zeros(*t.shape[:2], missing)], 2)
+    return t.unflatten(2, (-1, form.bundle)).permute(0, 2, 3, 1).contiguous()
+
+
+# ---- codes ---------------------------------------------------------------------------------------
+
+
+def _planes(bits: int) -> tuple[int, ...]:
+    """Bits of the planes, the lower one first."""
+    return {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,))
+
+
+def _run(bits: int) -> int:
+    """Quartets after which the planes begin anew."""
+    return 8 // min(_planes(bits))
+
+
+def _pack_codes(codes: Tensor, form: Format) -> Tensor:
+    """``[N, G, g]`` to ``[S, bundles, bytes of a bundle's lines]``."""
+    lines = _pack_lines(_to_strips(codes.to(torch.uint8)), form.bits).flatten(2)
+    missing = -lines.shape[1] % form.bundle
+    lines = torch.cat([lines, lines.new_zeros(lines.shape[0], missing, lines.shape[2])], 1)
+    return lines.unflatten(1, (-1, form.bundle)).flatten(2)
+
+
+def _pack_lines(codes: Tensor, bits: int) -> Tensor:
+    """``[S, 16, G, g]`` to ``[S, G, runs, lines, 16, 4]``; a line has ``8 / plane`` quartets."""
+    runs = codes.unflatten(3, (-1, _run(bits), 4))
+    lines, below = [], 0
+    for plane in _planes(bits):
+        part = (runs >> below) & ((1 << plane) - 1)
+        quartets = part.unflatten(4, (-1, 8 // plane))  # [S, 16, G, runs, lines, quartets, 4]
+        shifts = torch.arange(0, 8, plane, device=codes.device)[:, None]
+        lines.append((quartets.int() << shifts).sum(5))
+        below += plane
+    return torch.cat(lines, 4).to(torch.uint8).permute(0, 2, 3, 4, 1, 5)
+
+
+def _unpack_lines(lines: Tensor, bits: int) -> Tensor:
+    """``[S, G, bytes]`` to ``[S, 16, G, g]``."""
+    runs = lines.unflatten(2, (-1, _run(bits) * bits // 8, STRIP, 4)).permute(0, 4, 1, 2, 3, 5)
+    codes, first, below = torch.zeros((), dtype=torch.uint8, device=lines.device), 0, 0
+    for plane in _planes(bits):
+        count = _run(bits) * plane // 8
+        words = runs[..., first : first + count, :]  # [S, 16, G, runs, lines, 4]
+        parts = [(words >> shift) & ((1 << plane) - 1) for shift in range(0, 8, plane)]
+        codes = codes | (torch.stack(parts, 5) << below).flatten(4, 5)
+        first, below = first + count, below + plane
+    return codes.flatten(3)
+
+
+# ---- parameters, rows of 16 ----------------------------------------------------------------------
+
+
+def _pack_parameters(parts: Sequence[Tensor], form: Format) -> Tensor:
+    """``[S, bundles, groups (or 1), 16]`` each to ``[S, bundles, bytes]``."""
+    rows = [_as_stored(part, form) for part in parts]
+    if form.parameters == "q4_k":
+        d, dmin, scales, minima = rows
+        rows = [d[:, :, :1], dmin[:, :, :1], _pack_six_bits(scales, minima)]
+    elif form.parameters == "q6_k":
+        d, scales = rows
+        rows = [d[:, :, :1], scales, scales.new_zeros(*d.shape[:2], 2, STRIP)]
+    return torch.cat([t.contiguous().view(torch.uint8).flatten(2) for t in rows], 2)
+
+
+def _as_stored(part: Tensor, form: Format) -> Tensor:
+    if not part.is_floating_point():
+        return part.to(torch.int8).view(torch.uint8)
+    if form.parameters == "e8m0":
+        return (part.float().view(torch.int32) >> 23).to(torch.uint8)
+    return part.float() if form.parameters == "float32" else part.half()
+
+
+def _unpack_parameters(stored: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """``[S, bundles, bytes]`` to scale and minimum ``[S, bundles, groups, 16]``."""
+    if form.parameters == "q4_k":
+        d, dmin = _halves(stored[..., : 4 * STRIP]).unflatten(2, (2, 1, STRIP)).unbind(2)
+        scales, minima = _unpack_six_bits(stored[..., 4 * STRIP :].unflatten(2, (-1, STRIP)))
+        return d * scales, -dmin * minima
+    if form.parameters == "scale+minimum":
+        scale, minimum = _halves(stored).unflatten(2, (2, 1, STRIP)).unbind(2)
+        return scale, minimum
+    if form.parameters == "q6_k":
+        d = _halves(stored[..., : 2 * STRIP])[:, :, None]
+        scales = stored[..., 2 * STRIP : 18 * STRIP].contiguous().view(torch.int8)
+        scale = d * scales.unflatten(2, (-1, STRIP)).float()
+    elif form.parameters == "e8m0":
+        exponents = stored.unflatten(2, (-1, STRIP)).int()
+        scale = torch.where(exponents == 0, 1 << 22, exponents << 23).int().view(torch.float32)
+        scale = torch.where(exponents == 255, torch.nan, scale)
+    elif form.parameters == "float32":
+        scale = stored.contiguous().view(torch.float32).unflatten(2, (-1, STRIP))
+    else:
+        scale = _halves(stored).unflatten(2, (-1, STRIP))
+    return scale, torch.zeros_like(scale)
+
+
+def _halves(stored: Tensor) -> Tensor:
+    return stored.contiguous().view(torch.float16).float()
+
+
+def _pack_six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+    """Eight scales and eight minima of 6 bits in llama.cpp's 12 bytes: rows of dimension 2."""
+    upper = [t[:, :, :4] | (t[:, :, 4:] >> 4 << 6) for t in (scales, minima)]
+    return torch.cat([*upper, (scales[:, :, 4:] & 15) | (minima[:, :, 4:] << 4)], 2)
+
+
+def _unpack_six_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high, both = rows.unflatten(2, (3, 4)).unbind(2)
+    scales = torch.cat([low & 63, (both & 15) | (low >> 6 << 4)], 2)
+    minima = torch.cat([high & 63, (both >> 4) | (high >> 6 << 4)], 2)
+    return scales.float(), minima.float()

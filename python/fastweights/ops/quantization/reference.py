@@ -6,14 +6,22 @@ import torch
 from torch import Tensor
 
 from fastweights.ops.quantization.formats import FORMATS, Format
-from fastweights.ops.quantization.layout import pack, unpack
+from fastweights.ops.quantization.layout import (
+    pack,
+    pack_stored,
+    unpack,
+    unpack_parameters,
+    with_codes,
+)
 from fastweights.ops.quantization.tensor import QuantizedTensor
 
 __all__ = [
     "dequantize",
     "dequantize_rows",
+    "pack",
     "quantize",
     "quantized_linear",
+    "unpack",
 ]
 
 BLOCK = 32
@@ -28,17 +36,12 @@ def quantize(
     groups = _pad(w.float(), 1, group_size).unflatten(1, (-1, group_size))  # [N, G, g]
     inside = _pad(torch.ones_like(w, dtype=torch.float32), 1, group_size)
     inside = inside.unflatten(1, (-1, group_size))
-    if form.parameters == "float32":
-        scale = groups.abs().amax(-1, keepdim=True)
-        inverse, minimum = 1 / scale.clamp(min=1e-38), torch.zeros_like(scale)
-    elif form.parameters == "e8m0":
-        scale = _power_of_two(groups.abs().amax(-1, keepdim=True))
-        inverse, minimum = 1 / scale, torch.zeros_like(scale)
-    else:
-        scale, minimum = _search(groups, inside, form)
-        inverse = _inverse(scale)
-    codes = nearest((groups - minimum) * inverse, form) * inside
-    return pack(codes, scale, minimum, format, (w.shape[0], w.shape[1]), activation)
+    parameters = _fit(groups, inside, form)
+    shape = (w.shape[0], w.shape[1])
+    grid = pack_stored(torch.zeros_like(groups), parameters, format, shape, activation)
+    scale, minimum = unpack_parameters(grid)
+    inverse = 1 / scale.clamp(min=1e-38) if form.parameters == "float32" else _inverse(scale)
+    return with_codes(grid, nearest((groups - minimum) * inverse, form) * inside)
 
 
 def dequantize(qt: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,7 +56,8 @@ def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None)
     if qt.activation == "int8":
         form = FORMATS[qt.format]
         image = _decode(qt, form.image or form.levels, form.image_unit, exact)
-        rounded = quantize_activations(x.detach().to(exact)) @ image.T
+        row = quantize_activations(x.detach().to(exact), min(BLOCK, qt.group_size))
+        rounded = row @ image.T
         y = y + (rounded - y).detach()  # straight-through
     if bias is not None:
         y = y + bias
@@ -79,9 +83,9 @@ def dequantize_rows(
     return rows
 
 
-def quantize_activations(x: Tensor) -> Tensor:
+def quantize_activations(x: Tensor, block: int = BLOCK) -> Tensor:
     """Every 32 inputs of a row rounded to multiples of their largest magnitude / 127."""
-    blocks = _pad(x.float(), -1, BLOCK).unflatten(-1, (-1, BLOCK))
+    blocks = _pad(x.float(), -1, block).unflatten(-1, (-1, block))
     absmax = blocks.abs().amax(-1, keepdim=True)
     # Two tensors: torch divides a number by a tensor in two roundings.
     inverse = torch.where(absmax > 1e-36, torch.full_like(absmax, 127) / absmax, 0.0)
@@ -93,6 +97,8 @@ def nearest(x: Tensor, form: Format) -> Tensor:
     """Codes (uint8) of the levels nearest to x."""
     if form.is_grid:
         return form.encode(x.round().clamp(*form.extent))
+    if form.bits == 8:  # E4M3
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     table = torch.tensor(form.levels, dtype=torch.float32, device=x.device)
     if form.parameters == "e8m0":  # E2M1 rounds to even
         step = (x.abs().clamp(min=1).frexp().exponent - 2.0).exp2()
@@ -103,11 +109,30 @@ def nearest(x: Tensor, form: Format) -> Tensor:
     return order[torch.bucketize(x.contiguous(), middles)].to(torch.uint8)
 
 
-def _power_of_two(absmax: Tensor) -> Tensor:
-    """What puts the largest magnitude into [4, 8), where E2M1 ends."""
-    exponent = (absmax.frexp().exponent - 3).clamp(min=-127)
-    exponent = torch.where(absmax == 0, -127, exponent)
-    return torch.where(absmax.isfinite(), exponent.double().exp2().float(), torch.nan)
+def _fit(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, ...]:
+    """What `pack_stored` wants, for weights ``[N, G, g]``."""
+    absmax = w.abs().amax(-1)
+    if form.parameters == "float32":  # the largest magnitude becomes the largest level
+        return (absmax / (448.0 if form.bits == 8 else 1.0),)
+    if form.parameters == "e8m0":  # the largest magnitude falls into [4, 8), where E2M1 ends
+        exponent = (absmax.frexp().exponent - 3).clamp(min=-127)
+        exponent = torch.where(absmax == 0, -127, exponent)
+        return (torch.where(absmax.isfinite(), exponent.double().exp2().float(), torch.nan),)
+    scale, minimum = (t[..., 0] for t in _search(w, inside, form))
+    if form.parameters == "q4_k":
+        (d, scales), (dmin, minima) = (_multiples(t, form, 63, 0, 63) for t in (scale, -minimum))
+        return d, dmin, scales, minima
+    if form.parameters == "q6_k":
+        return _multiples(scale, form, -128, -128, 127)
+    return (scale, minimum) if form.has_minimum else (scale,)
+
+
+def _multiples(v: Tensor, form: Format, top: int, least: int, most: int) -> tuple[Tensor, Tensor]:
+    """``(d, n)`` with ``v = d n``: n is `top` for the number of a bundle that is largest."""
+    bundles = _pad(v, 1, form.bundle).unflatten(1, (-1, form.bundle))
+    largest = bundles.gather(2, bundles.abs().argmax(2, keepdim=True))
+    d = (largest / top).half().float().expand_as(bundles).flatten(1)[:, : v.shape[1]]
+    return d, (v * _inverse(d)).round().clamp(least, most).to(torch.int8)
 
 
 def _search(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
@@ -117,7 +142,7 @@ def _search(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     for i in range(ranges):
         scale, minimum = _first_guess(w, inside, form, i)
         for _ in range(refinements + 1):
-            s, m = scale.half().float(), minimum.half().float()
+            s, m = _storable(scale, minimum, form)
             levels = _levels((w - m) * _inverse(s), form)
             error = ((w - (s * levels + m)) * inside).square().sum(-1, keepdim=True)
             if best is None:
@@ -133,17 +158,28 @@ def _search(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     return best[1], best[2]
 
 
+def _storable(scale: Tensor, minimum: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """As far as a group decides alone: bundles are rounded together, later."""
+    if form.parameters == "q4_k":
+        return scale, minimum.clamp(max=0)
+    if form.parameters == "q6_k":
+        return scale, minimum
+    return scale.half().float(), minimum.half().float()
+
+
 def _first_guess(w: Tensor, inside: Tensor, form: Format, i: int) -> tuple[Tensor, Tensor]:
     """The i-th range to try: shrunk around its middle, or in turn wider and narrower."""
     low = w.masked_fill(inside == 0, torch.inf).amin(-1, keepdim=True)
     high = w.masked_fill(inside == 0, -torch.inf).amax(-1, keepdim=True)
     lowest, highest = form.extent
+    step = 1 / 9 if form.bits == 2 else 1 / 18 if form.bits <= 4 else 1 / 36
     if form.has_minimum:
-        scale = (high - low) / ((highest - lowest) * (1 + i / 18))
+        low = low.clamp(max=0) if form.parameters == "q4_k" else low
+        scale = (high - low) / ((highest - lowest) * (1 + i * step))
         minimum = (low + high - scale * (lowest + highest)) / 2 if i else low - scale * lowest
         return scale, minimum
     extreme = highest if highest >= -lowest else lowest
-    width = 1 + ((i + 1) // 2 if i % 2 else -i // 2) / 18
+    width = 1 + ((i + 1) // 2 if i % 2 else -i // 2) * step
     return torch.where(-low >= high, low, high) * (width / extreme), torch.zeros_like(low)
 
 
@@ -156,11 +192,15 @@ def _least_squares(
         return (t * inside).sum(-1, keepdim=True)
 
     n, c, cc = total(torch.ones_like(w)), total(levels), total(levels * levels)
+    alone = torch.where(cc > 0, total(w * levels) / cc, 0.0)
     if not form.has_minimum:
-        return torch.where(cc > 0, total(w * levels) / cc, 0.0), torch.zeros_like(cc)
+        return alone, torch.zeros_like(cc)
     determinant = n * cc - c * c
     scale = torch.where(determinant > 0, (n * total(w * levels) - c * total(w)) / determinant, 0.0)
-    return scale, (total(w) - scale * c) / n
+    minimum = (total(w) - scale * c) / n
+    if form.parameters == "q4_k":  # minima are not positive
+        scale, minimum = torch.where(minimum <= 0, scale, alone), minimum.clamp(max=0)
+    return scale, minimum
 
 
 def _levels(x: Tensor, form: Format) -> Tensor:

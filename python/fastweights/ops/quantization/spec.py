@@ -53,6 +53,8 @@ def _linear_samples(activation: str, dtype: torch.dtype) -> list[Sample]:
         (20, 64, "int4", 64, (0, 3)),
         *OTHERS,
     ):
+        if activation not in FORMATS[format].activations:
+            continue
         weight = _weight(n, k, format, group, activation)
         bias = _x(n, dtype=dtype, seed=2) if n != 16 else None
         calls.append(sample(_x(*rows, k, dtype=dtype), weight, bias))
@@ -127,6 +129,11 @@ LINEAR_BAD = [
     BadInput(lambda: _raw(out_features=2**62), RuntimeError, r"expected 0 <= out_features < 2\^31"),
     BadInput(lambda: _raw(in_features=-1), RuntimeError, r"expected 0 <= in_features < 2\^31"),
     BadInput(lambda: _raw(activation="int4"), RuntimeError, r"expected activation int8 or float"),
+    BadInput(
+        lambda: _raw(format="fp8_e4m3", packed=_weight(48, 100, "fp8_e4m3", 64).packed),
+        RuntimeError,
+        r"expected activation float for format fp8_e4m3, got int8",
+    ),
     BadInput(
         lambda: _raw(packed=torch.zeros(3, 1152)), RuntimeError, r"expected packed of dtype uint8"
     ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastweights.ops.quantization.formats import FORMATS, LINE, STRIP
+from fastweights.ops.quantization.formats import FORMATS, STRIP
 
 __all__ = ["ACTIVATIONS", "QuantizedTensor", "packed_shape"]
 
@@ -29,7 +29,7 @@ class QuantizedTensor:
     Args:
         packed: uint8 ``[ceil(N / 16), bytes per strip]``, the layout of the kernels
             (docs/quantization.md); opaque, portable between CPU levels, safe to save.
-        format: "int4", "int8", "nf4", "fp4", "iq4_nl" or "mxfp4".
+        format: see `fastweights.quantize`.
         shape: ``(N, K)``.
         group_size: inputs per scale.
         activation: what `fastweights.quantized_linear` does with its input: "float" leaves it,
@@ -61,9 +61,9 @@ def packed_shape(
 ) -> tuple[int, int]:
     """Shape of ``QuantizedTensor.packed``: (strips of 16 outputs, bytes per strip)."""
     form = FORMATS[format]
-    bundles = -(-(-(-in_features // group_size)) // form.bundle)
-    lines = form.bundle * group_size * form.bits // 32
-    return -(-out_features // STRIP), bundles * (lines + 1) * LINE
+    groups = -(-in_features // group_size)
+    bundles = -(-groups // form.bundle)
+    return -(-out_features // STRIP), bundles * form.bundle_bytes(group_size)
 
 
 def _flatten(qt: QuantizedTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
