@@ -4,7 +4,8 @@
 // Where scale (and minimum) are numbers of the format's choice, they are searched: from several ranges, alternate
 // between nearest levels and the least-squares scale (and minimum) for those levels; keep what gives the smallest
 // squared error after rounding to float16. The plain range comes first, so a weight that lies on a grid of this kind is
-// reproduced. nf4, fp4, mxfp4 and fp8_e4m3 have a rule instead, so that others' checkpoints come out alike.
+// reproduced. nf4, fp4, mxfp4, fp8_e4m3 and zero points have a rule instead, so that others' checkpoints come out
+// alike.
 #pragma once
 
 #include "quantization/rounding.h"
@@ -58,7 +59,7 @@ FW_INLINE Floats round_float16(Floats v) {
 
 // `minimum` and `inverse` take a weight to where the levels are.
 struct Grid {
-  Floats scale, minimum, inverse;
+  Floats scale, minimum, inverse, zero;  // zero: where a weight has zero points
 };
 
 // ---- search ------------------------------------------------------------------------------------------------------
@@ -140,23 +141,38 @@ FW_INLINE Grid search(Group group) {
       next = refined;
     }
   }
-  return {best.scale + e.poison, best.minimum, inverse_of(best.scale)};
+  return {best.scale + e.poison, best.minimum, inverse_of(best.scale), zero<float>()};
 }
 
 // ---- rules -------------------------------------------------------------------------------------------------------
 
+// GPTQ's: the levels span the weights and 0, which is one of them.
 template <Format F>
-FW_INLINE Grid grid_of(Group group) {
+FW_INLINE Grid grid_with_zero(Group group, Parameter parameter) {
+  constexpr Range r = range_of<F>();
+  const Extremes e = extremes_of(group);
+  const Floats low = min(e.low, zero<float>()), high = max(e.high, zero<float>());
+  Floats scale = (high - low) / (r.highest - r.lowest);
+  if (parameter == Parameter::scale_zero) scale = round_float16(scale);
+  const Floats inverse = inverse_of(scale), at = r.lowest + round_nearest(-low * inverse);
+  return {scale + e.poison, -scale * at, inverse, at};
+}
+
+template <Format F>
+FW_INLINE Grid grid_of(Group group, [[maybe_unused]] Parameter parameter) {
   if constexpr (kTraits<F>.parameter == Parameter::scale_f32) {  // the largest magnitude becomes the largest level
     const Extremes e = extremes_of(group);
     const Floats scale = max(-e.low, e.high) / range_of<F>().highest;
-    return {scale + e.poison, zero<float>(), 1.0f / max(scale, set1(1e-38f))};
+    return {scale + e.poison, zero<float>(), 1.0f / max(scale, set1(1e-38f)), zero<float>()};
   } else if constexpr (kTraits<F>.parameter == Parameter::scale_e8m0) {  // the largest magnitude falls into [4, 8)
     const Extremes e = extremes_of(group);
     const Words exponent = (bit_cast<Words>(max(-e.low, e.high)) >> 23) - 2;
-    const Floats scale = power_of_two(exponent < 0 ? zero<int32_t>() : exponent);
-    return {scale + e.poison, zero<float>(), 1.0f / scale};
+    const Words stored = exponent < 0 ? zero<int32_t>() : exponent;
+    return {power_of_two(stored) + e.poison, zero<float>(), power_of_two(254 - stored), zero<float>()};
   } else {
+    if constexpr (kTraits<F>.parameter == Parameter::scale_minimum) {
+      if (parameter != Parameter::scale_minimum) return grid_with_zero<F>(group, parameter);
+    }
     return search<F>(group);
   }
 }

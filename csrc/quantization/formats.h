@@ -32,7 +32,9 @@ enum class Levels : int { counted, signed_counted, book, e4m3 };
 
 // The parameters of a bundle of groups, in rows of 16: one number per output.
 enum class Parameter : int {
-  scale_minimum,  // float16 scales, then float16 minima
+  scale_minimum,   // float16 scales, then float16 minima
+  scale_zero,      // float16 scales, then float16 zero points: minimum -scale * zero
+  scale_zero_f32,  // the same in float32
   scale_f16,
   scale_f32,
   scale_e8m0,  // powers of two: the byte e is 2^(e - 127), 255 is NaN
@@ -47,6 +49,8 @@ struct FormatTraits {
   Parameter parameter;
   int64_t group;  // the only group size, or 0 for any multiple of 32
 };
+
+// Where a format says scale_minimum, a weight may have either kind of zero points instead.
 
 // In the order of Format.
 constexpr FormatTraits kFormatTraits[] = {
@@ -85,7 +89,16 @@ static constexpr int64_t bundle_of(Parameter p) {
 
 // Bytes of the parameters of a bundle, whole lines.
 static constexpr int64_t parameter_bytes(Parameter p) {
-  return p == Parameter::q4_k ? 4 * kLine : p == Parameter::q6_k ? 5 * kLine : kLine;
+  switch (p) {
+    case Parameter::scale_zero_f32:
+      return 2 * kLine;
+    case Parameter::q4_k:
+      return 4 * kLine;
+    case Parameter::q6_k:
+      return 5 * kLine;
+    default:
+      return kLine;
+  }
 }
 
 static constexpr int64_t block_of(int64_t group) {
@@ -94,6 +107,13 @@ static constexpr int64_t block_of(int64_t group) {
 
 static constexpr bool takes_int8(Format f) {
   return kFormatTraits[int(f)].levels != Levels::e4m3;
+}
+
+// Groups of kSmallGroup inputs too, which a plane of 1 bit is too coarse for.
+constexpr int64_t kSmallGroup = 16;
+static constexpr bool takes_small_groups(Format f) {
+  const FormatTraits& t = kFormatTraits[int(f)];
+  return t.parameter == Parameter::scale_minimum && t.bits % 2 == 0;
 }
 
 }  // namespace fastweights::quantization

@@ -26,6 +26,7 @@ constexpr int64_t kRowBlock = 60;    // rows of x per matmul task: whole panels 
 
 struct Weight {
   Format format;
+  Parameter parameter;
   int64_t N, K, group;
   int64_t strips, groups;                          // ceil(N / 16), ceil(K / group)
   int64_t group_bytes, bundle_bytes, strip_bytes;  // of a group's codes, of a bundle, of a strip

@@ -28,7 +28,7 @@ constexpr int kRun = kUpper<F>        ? 8 / kUpper<F>
                      : kLower<F> == 2 ? 4
                                       : 2;
 
-// Quartets that share one activation scale.
+// Quartets that share one activation scale, but in small groups where the format has a choice.
 template <Format F>
 constexpr int kQuartets = int(block_of(kTraits<F>.group ? kTraits<F>.group : kBlock)) / 4;
 
@@ -231,6 +231,19 @@ FW_INLINE SixBits six_bits(const uint8_t* p, int64_t j, int part) {
   return {(row(j + 4) & 15) | (row(j - 4) >> 6 << 4), row(j + 4) >> 4 | (row(j) >> 6 << 4)};
 }
 
+// What the formats with a choice of parameters store.
+FW_INLINE void load_scale_minimum(Parameter kind, const uint8_t* p, int part, Vec<float>* scale, Vec<float>* minimum) {
+  if (kind == Parameter::scale_zero_f32) {
+    const float* rows = reinterpret_cast<const float*>(p) + part * kWords;
+    *scale = load(rows);
+    *minimum = -*scale * load(rows + kStrip);
+  } else {
+    *scale = float16_row(p, 0, part);
+    const Vec<float> second = float16_row(p, 1, part);
+    *minimum = kind == Parameter::scale_zero ? -*scale * second : second;
+  }
+}
+
 template <Format F>
 FW_INLINE Parameters load_parameters(const Weight& w, const uint8_t* strip, int64_t g) {
   constexpr Parameter kind = kTraits<F>.parameter;
@@ -240,7 +253,9 @@ FW_INLINE Parameters load_parameters(const Weight& w, const uint8_t* strip, int6
   FW_UNROLL
   for (int i = 0; i < kParts; ++i) {
     Vec<float>&scale = out.scale[i], &minimum = out.minimum[i];
-    if constexpr (kind == Parameter::scale_f32) {
+    if constexpr (kind == Parameter::scale_minimum) {
+      load_scale_minimum(w.parameter, p, i, &scale, &minimum);
+    } else if constexpr (kind == Parameter::scale_f32) {
       scale = load(reinterpret_cast<const float*>(p) + i * kWords);
     } else if constexpr (kind == Parameter::scale_e8m0) {
       scale = power_of_two(byte_row<uint8_t>(p, j, i));
@@ -253,9 +268,7 @@ FW_INLINE Parameters load_parameters(const Weight& w, const uint8_t* strip, int6
     } else {
       scale = float16_row(p, j, i);
     }
-    if constexpr (kind == Parameter::scale_minimum) {
-      minimum = float16_row(p, 1, i);
-    } else if constexpr (kind != Parameter::q4_k) {
+    if constexpr (kind != Parameter::scale_minimum && kind != Parameter::q4_k) {
       minimum = kTraits<F>.offset ? scale * float(kTraits<F>.offset) : zero<float>();
     }
   }

@@ -8,10 +8,10 @@
 namespace fastweights::quantization::FW_LEVEL {
 
 // What a tile reads its bytes from, a run of quartets at a time: the packed codes of a format,
-template <Format F>
+template <Format F, int Quartets>
 struct Packed {
   static constexpr Bytes bytes = kBytes<F>;
-  static constexpr int quartets = kQuartets<F>;
+  static constexpr int quartets = Quartets;
   static constexpr int run = kRun<F>;
   static constexpr int64_t run_bytes = kRunBytes<F>;
   static constexpr bool streamed = true;
@@ -165,7 +165,7 @@ static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t s
       if constexpr (unpack) unpack_group<F>(w, lines_of<F>(w, of_strip, g), bytes + s * unpacked);
     }
     const Group group{unpack ? bytes : lines_of<F>(w, first, g), unpack ? unpacked : w.strip_bytes,
-                      w.group / (4 * kQuartets<F>), parameters, sums};
+                      w.group / (4 * Source::quartets), parameters, sums};
     for (int64_t m = 0; m < rows; m += kIntRows) {
       const int64_t R = rows - m < kIntRows ? rows - m : kIntRows;
       panel_rows<Source, S, kIntRows>(a, group, row + m, m, g, R);
@@ -174,10 +174,10 @@ static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t s
   for (int s = 0; s < S; ++s) finish_strip<float>(a, sums + s * kRowBlock * kStrip, row, rows, strip + s);
 }
 
-template <Format F>
+template <Format F, int Quartets>
 static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
   constexpr int S = kStripsAtOnce;
-  using Bytes = Unpacked<kBytes<F>, kQuartets<F>>;
+  using Bytes = Unpacked<kBytes<F>, Quartets>;
   const Weight& w = a.weight;
   Scratch scratch(Scratch::take_bytes<float>(S * kRowBlock * kStrip) +
                   Scratch::take_bytes<uint8_t>(S * w.group * kStrip));
@@ -192,7 +192,7 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
       task += S;
     } else {
       a.M > kIntRows ? run_strips<F, Bytes, 1>(a, row, rows, strip, sums, bytes)
-                     : run_strips<F, Packed<F>, 1>(a, row, rows, strip, sums, bytes);
+                     : run_strips<F, Packed<F, Quartets>, 1>(a, row, rows, strip, sums, bytes);
       task += 1;
     }
   }
@@ -200,7 +200,10 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
 
 void matmul_int8(const MatmulArgs& a, int64_t begin, int64_t end) noexcept {
   with_format(a.weight.format, [&]<Format F>(FormatTag<F>) {
-    if constexpr (takes_int8(F)) run<F>(a, begin, end);
+    if constexpr (takes_small_groups(F)) {
+      if (a.weight.group == kSmallGroup) return run<F, int(kSmallGroup) / 4>(a, begin, end);
+    }
+    if constexpr (takes_int8(F)) run<F, kQuartets<F>>(a, begin, end);
   });
 }
 

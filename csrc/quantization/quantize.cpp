@@ -22,11 +22,28 @@ static void store_six_bits(uint8_t* p, int first, const Words* scales, const Wor
   }
 }
 
+static void store_float32_row(uint8_t* p, int64_t r, int first, Floats v) {
+  store(reinterpret_cast<float*>(p) + r * kStrip + first, v);
+}
+
+// What the formats with a choice of parameters store.
+static void store_scale_minimum(Parameter kind, const Grid& grid, int first, uint8_t* p) {
+  if (kind == Parameter::scale_zero_f32) {
+    store_float32_row(p, 0, first, grid.scale);
+    store_float32_row(p, 1, first, grid.zero);
+  } else {
+    store_float16_row(p, 0, first, grid.scale);
+    store_float16_row(p, 1, first, kind == Parameter::scale_zero ? grid.zero : grid.minimum);
+  }
+}
+
 // The parameters of a bundle for the outputs from `first` on; grids may be rounded by it.
 template <Format F>
-static void store_parameters(Grid* grids, int first, uint8_t* p) {
+static void store_parameters(const Weight& w, Grid* grids, int first, uint8_t* p) {
   constexpr Parameter kind = kTraits<F>.parameter;
-  if constexpr (kind == Parameter::q4_k) {
+  if constexpr (kind == Parameter::scale_minimum) {
+    store_scale_minimum(w.parameter, grids[0], first, p);
+  } else if constexpr (kind == Parameter::q4_k) {
     const Shared<F> shared = share<F>(grids);
     store_float16_row(p, 0, first, shared.d);
     store_float16_row(p, 1, first, shared.dmin);
@@ -38,12 +55,11 @@ static void store_parameters(Grid* grids, int first, uint8_t* p) {
   } else {
     for (int j = 0; j < kBundle<F>; ++j) {
       if constexpr (kind == Parameter::scale_f32) {
-        store(reinterpret_cast<float*>(p) + first, grids[j].scale);
+        store_float32_row(p, 0, first, grids[j].scale);
       } else if constexpr (kind == Parameter::scale_e8m0) {  // exponents above 252 are those of NaN
         store_row<uint8_t>(p, j, first, bit_cast<Words>(grids[j].scale) >> 23);
       } else {
         store_float16_row(p, j, first, grids[j].scale);
-        if constexpr (kind == Parameter::scale_minimum) store_float16_row(p, 1, first, grids[j].minimum);
       }
     }
   }
@@ -69,9 +85,9 @@ static void pack_bundle(const Weight& weight, const float* w, int64_t n, int64_t
     Grid grids[kBundle<F>] = {};
     for (int64_t j = 0; j * weight.group < n; ++j) {
       const int64_t k = j * weight.group, inputs = n - k < weight.group ? n - k : weight.group;
-      grids[j] = grid_of<F>({w + k * kStrip + first, inputs});
+      grids[j] = grid_of<F>({w + k * kStrip + first, inputs}, weight.parameter);
     }
-    store_parameters<F>(grids, first, parameters_of<F>(weight, out, 0));
+    store_parameters<F>(weight, grids, first, parameters_of<F>(weight, out, 0));
     for (int64_t k = 0; k < n; ++k) {
       const Grid& grid = grids[k / weight.group];
       uint8_t* lines = lines_of<F>(weight, out, k / weight.group);

@@ -172,7 +172,8 @@ def iq4_nl():
 
 
 def mxfp4():
-    exponents, codes = integers(1, 0, 250, 48, 16), integers(2, 0, 16, 48, 16, 32)
+    # From 2 on: kernels take numbers below 2^-126 for zero.
+    exponents, codes = integers(1, 2, 250, 48, 16), integers(2, 0, 16, 48, 16, 32)
     scale = torch.from_numpy(exponents.astype(np.float64) - 127).exp2().float()
     blocks = np.concatenate([exponents[..., None].astype(np.uint8), pairs(codes)], 2)
     return blocks, "mxfp4", codes, (scale,)
@@ -228,6 +229,41 @@ def test_six_bit_scales_are_packed_as_in_llama_cpp():
     qt = pack_stored(codes, (ones, ones, sc[None], m[None]), "q4_k", (1, 256), "float")
     rows = qt.packed[0, -192:].view(12, 16)[:, 0]
     assert bytes(rows.tolist()).hex() == "4182c3c44586c7c8152637cf"
+
+
+def test_integer_zero_points_are_exact():
+    # As GPTQ, AWQ and ONNX have them; -scale * zero in float16 would be off by half an ulp.
+    codes = torch.from_numpy(integers(1, 0, 16, 48, 4, 128))
+    scale = torch.from_numpy(halves(2, 48, 4)[1].numpy())[..., None]
+    zero = torch.from_numpy(integers(3, 0, 16, 48, 4, 1))
+    expected = (scale * (codes - zero)).flatten(1)
+    rounded = pack(codes, scale, -scale * zero, "int4", (48, 512), "float")
+    qt = pack(codes, scale, zero.float(), "int4_zp", (48, 512), "float")
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            assert_equal(fw.dequantize(qt), expected)
+            assert not torch.equal(fw.dequantize(rounded), expected)
+
+
+def test_float32_scales_are_exact():
+    # LLM.int8: a row's largest magnitude in float32, one group per row, all 256 codes.
+    codes = torch.from_numpy(integers(1, -128, 128, 48, 1, 512))
+    scale = torch.rand(48, 1, 1) / 127
+    qt = pack(codes, scale, torch.zeros(48, 1, 1), "int8_zp32", (48, 512), "float")
+    expected = (scale * codes).flatten(1)
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            assert_equal(fw.dequantize(qt), expected)
+            assert_equal(fw.quantized_linear(torch.eye(512)[5], qt), expected[:, 5])
+    assert_equal(unpack(qt)[1], scale)
+
+
+def test_zero_points_follow_the_rule_of_gptq():
+    w = torch.tensor([[-1.0, 0.6, 2.0, 0.0], [1.0, 2.0, 3.0, 0.2], [-3.0, -1.0, -2.0, -0.2]])
+    codes, scale, minimum = unpack(fw.quantize(w, "int4_zp32"))
+    assert_close(scale.flatten(), torch.tensor([3.0, 3.0, 3.0]) / 15, tolerance=1e-6)
+    assert_close(-minimum / scale, torch.tensor([5.0, 0.0, 15.0]).view(3, 1, 1), tolerance=1e-6)
+    assert codes[:, 0, :4].tolist() == [[0, 8, 15, 5], [5, 10, 15, 1], [0, 10, 5, 14]]
 
 
 def test_mxfp4_quantizes_as_gguf():

@@ -6,7 +6,7 @@ import torch
 import fastweights as fw
 from fastweights import functional
 from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.formats import ALIASES, FORMATS
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
 
 
@@ -15,7 +15,7 @@ def snr(w, approximation):
 
 
 # N(0, 1). Published: Q4_1 (the same grid without search, group 32) 22.14 dB, Q4_0 21.31 dB, Q8_0
-# 45.42 dB, int4 of the GPTQ rule at group 64 / 128 20.82 / 19.95 dB; nf4 and fp4 are published
+# 45.42 dB; nf4, fp4, int4 of the GPTQ rule (here int4_zp) and int8 of 256 inputs are published
 # themselves, their scale being a rule.
 @pytest.mark.parametrize(
     ("format", "group_size", "bits", "expected"),
@@ -32,6 +32,12 @@ def snr(w, approximation):
         ("iq4_nl", 32, 4.5, 22.57),
         ("int4_sym", 32, 4.5, 21.84),
         ("int8_sym", 32, 8.5, 45.45),
+        ("int8_sym", 256, 8.0625, 43.14),
+        ("int4_zp", 32, 5.0, 21.86),
+        ("int4_zp", 64, 4.5, 20.82),
+        ("int4_zp", 128, 4.25, 19.95),
+        ("int4_zp32", 64, 5.0, 20.82),
+        ("int4", 16, 6.0, 24.73),
         ("int2", 64, 2.5, 9.76),
         ("int3", 64, 3.5, 15.51),
         ("int5", 64, 5.5, 27.73),
@@ -98,6 +104,14 @@ def test_any_strides_and_dtypes_quantize_alike(dtype):
     assert_equal(fw.quantize(w.T.contiguous().T, "int4").packed, expected)
 
 
+@pytest.mark.parametrize("name", ALIASES)
+def test_names_of_gguf_are_formats_at_group_32(name):
+    format, group_size = ALIASES[name]
+    w = torch.randn(20, 70)
+    assert_equal(fw.quantize(w, name).packed, fw.quantize(w, format, group_size=32).packed)
+    assert fw.quantize(w, name, group_size=32).format == format and group_size == 32
+
+
 def test_equal_weights_need_no_scale():
     for value in (0.0, 0.25, -3.0):
         w = torch.full((5, 40), value)
@@ -110,7 +124,7 @@ def test_equal_weights_need_no_scale():
 def test_weights_without_a_grid_are_refused(format, bad):
     w = torch.randn(20, 70)
     w[7, 65] = bad
-    if bad == 1e30 and FORMATS[format].parameters in ("float32", "e8m0"):
+    if bad == 1e30 and FORMATS[format].parameters.endswith(("float32", "e8m0")):
         assert fw.dequantize(fw.quantize(w, format)).isfinite().all()
     else:
         with pytest.raises(RuntimeError, match="quantize: expected finite w"):
@@ -123,9 +137,16 @@ def test_refusals():
         fw.quantize(w, "int7")
     with pytest.raises(ValueError, match="quantize: expected activation in"):
         fw.quantize(w, "int4", activation="int4")
-    for group_size in (0, -64, 33, 1 << 20):
+    for format, group_size in (
+        *(("int4", size) for size in (0, -64, 33, 48 + 1, 1 << 20)),
+        ("int3", 16),
+        ("int5_zp", 16),
+        ("nf4", 16),
+    ):
         with pytest.raises(RuntimeError, match="quantize: expected group_size a positive multiple"):
-            fw.quantize(w, "int4", group_size=group_size)
+            fw.quantize(w, format, group_size=group_size)
+    with pytest.raises(ValueError, match="quantize: expected format in"):
+        fw.quantize(w, "q4_0", group_size=64)
     with pytest.raises(RuntimeError, match=r"quantize: expected w of shape \[N, K\]"):
         fw.quantize(w[0], "int4")
     qt = fw.quantize(w, "int8")

@@ -6,10 +6,11 @@ import torch
 import fastweights as fw
 from fastweights.ops.quantization import reference
 from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.spec import KINDS
 from fastweights.ops.quantization.tensor import packed_shape
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
 
-MODES = [(name, a) for name, form in FORMATS.items() for a in form.activations]
+MODES = [(name, a) for name in KINDS for a in FORMATS[name].activations]
 
 
 def weight(n, k, format="int4", group_size=None, activation="float"):
@@ -17,9 +18,15 @@ def weight(n, k, format="int4", group_size=None, activation="float"):
     return fw.quantize(w, format, group_size=group_size, activation=activation)
 
 
-@pytest.mark.parametrize(("format", "activation"), MODES)
-def test_a_row_is_the_same_bits_in_any_batch(format, activation):
-    qt = weight(88, 200, format, activation=activation)
+SMALL = [("int2", "float"), ("int4", "int8"), ("int6", "int8"), ("int8", "int8")]
+
+
+@pytest.mark.parametrize(
+    ("format", "activation", "group_size"),
+    [(*mode, None) for mode in MODES] + [(*mode, 16) for mode in SMALL],
+)
+def test_a_row_is_the_same_bits_in_any_batch(format, activation, group_size):
+    qt = weight(88, 200, format, group_size, activation)
     x = torch.randn(130, 200)
     for level in available_cpu_levels():
         with cpu_level(level):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastweights._cli.terminal import existing, output_folder, read_texts, say
-from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.formats import ALIASES, FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,11 @@ def add_parser(commands: Any) -> None:
         "model", metavar="DIR", help="a model folder, as `linearize` writes it, or a .gguf file"
     )
     p.add_argument(
-        "--format", choices=tuple(FORMATS), default="int4", help="of the weights (default: int4)"
+        "--format",
+        choices=(*FORMATS, *ALIASES),
+        default="int4",
+        metavar="FORMAT",
+        help="of the weights, see docs/quantization.md (default: int4)",
     )
     p.add_argument(
         "--group-size",

@@ -62,7 +62,7 @@ def gptq(
         raise ValueError(f"gptq: expected format in {known}, got {format!r}")
     grid = quantize(w, format, group_size=group_size, activation=activation)
     codes, scale, minimum = unpack(grid)
-    form = FORMATS[format]
+    form = FORMATS[grid.format]
     groups = torch.arange(k, device=w.device) // grid.group_size
     rounded = round_columns(
         w.detach().float(),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["FORMATS", "LINE", "STRIP", "Format"]
+__all__ = ["ALIASES", "FORMATS", "LINE", "STRIP", "Format"]
 
 STRIP = 16
 """Outputs that lie together."""
@@ -18,6 +18,8 @@ LINE = 64
 # Groups of a bundle, and lines that their parameters fill.
 _BUNDLES = {
     "scale+minimum": (1, 1),
+    "scale+zero": (1, 1),
+    "scale+zero float32": (1, 2),
     "float16": (2, 1),
     "float32": (1, 1),
     "e8m0": (4, 1),
@@ -33,11 +35,13 @@ class Format:
     Args:
         bits: of a code.
         levels: by code.
-        parameters: what a group stores: "scale+minimum" (two float16); only a scale, as "float16",
-            "float32" or "e8m0" (a byte e for 2^(e - 127)); or "q4_k" and "q6_k", numbers of few
-            bits that 8 and 16 groups share a float16 scale for.
+        parameters: what a group stores: "scale+minimum" (two float16); "scale+zero" (two float16)
+            and "scale+zero float32", where the minimum is ``-scale * zero``; only a scale, as
+            "float16", "float32" or "e8m0" (a byte e for 2^(e - 127)); or "q4_k" and "q6_k",
+            numbers of few bits that 8 and 16 groups share a float16 scale for.
         group_size: inputs per scale where the caller has no wish.
         any_group: whether other multiples of 32 will do.
+        small_group: whether 16 will do.
         image: by code, the integers that stand for the levels where activations are int8; None:
             the levels themselves.
         image_unit: an image of 1 is this level.
@@ -49,6 +53,7 @@ class Format:
     parameters: str
     group_size: int = 64
     any_group: bool = True
+    small_group: bool = False
     image: tuple[int, ...] | None = None
     image_unit: float = 1.0
     activations: tuple[str, ...] = ("float", "int8")
@@ -66,7 +71,12 @@ class Format:
     @property
     def has_minimum(self) -> bool:
         """Whether a group has a minimum beside its scale."""
-        return self.parameters in ("scale+minimum", "q4_k")
+        return self.parameters in ("scale+minimum", "q4_k") or self.has_zero
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether it is given by a zero point."""
+        return self.parameters.startswith("scale+zero")
 
     @property
     def bundle(self) -> int:
@@ -90,7 +100,8 @@ class Format:
         """Whether a scale may belong to so many inputs."""
         if not self.any_group:
             return group_size == self.group_size
-        return 0 < group_size <= 1 << 16 and group_size % 32 == 0
+        small = self.small_group and group_size == 16
+        return small or (0 < group_size <= 1 << 16 and group_size % 32 == 0)
 
 
 # fmt: off
@@ -121,13 +132,22 @@ def _integers_and_negative(half: tuple[int, ...]) -> tuple[int, ...]:
     return half + tuple(-level for level in half)
 
 
-FORMATS = {
-    "int4": Format(4, tuple(range(16)), "scale+minimum"),
-    "int8": Format(8, (*range(128), *range(-128, 0)), "scale+minimum"),
-    "int2": Format(2, tuple(range(4)), "scale+minimum"),
+_INTEGERS = {
+    "int4": Format(4, tuple(range(16)), "scale+minimum", small_group=True),
+    "int8": Format(8, (*range(128), *range(-128, 0)), "scale+minimum", small_group=True),
+    "int2": Format(2, tuple(range(4)), "scale+minimum", small_group=True),
     "int3": Format(3, tuple(range(8)), "scale+minimum"),
     "int5": Format(5, tuple(range(32)), "scale+minimum"),
-    "int6": Format(6, tuple(range(64)), "scale+minimum"),
+    "int6": Format(6, tuple(range(64)), "scale+minimum", small_group=True),
+}
+
+FORMATS = {
+    **_INTEGERS,
+    **{f"{name}_zp": replace(form, parameters="scale+zero") for name, form in _INTEGERS.items()},
+    **{
+        f"{name}_zp32": replace(form, parameters="scale+zero float32")
+        for name, form in _INTEGERS.items()
+    },
     "int4_sym": Format(4, tuple(range(-8, 8)), "float16", group_size=32),
     "int8_sym": Format(8, (*range(128), *range(-128, 0)), "float16", group_size=32),
     "q4_k": Format(4, tuple(range(16)), "q4_k", group_size=32, any_group=False),
@@ -153,3 +173,11 @@ FORMATS = {
     ),
 }
 """By name."""
+
+ALIASES = {
+    "q4_0": ("int4_sym", 32),
+    "q4_1": ("int4", 32),
+    "q5_1": ("int5", 32),
+    "q8_0": ("int8_sym", 32),
+}
+"""GGUF's names for a format and a group size."""

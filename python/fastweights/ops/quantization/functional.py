@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastweights.ops._common import needs_reference, refuse_double_backward, refuse_forward_ad
 from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.formats import ALIASES, FORMATS
 from fastweights.ops.quantization.tensor import ACTIVATIONS, QuantizedTensor, packed_shape
 
 __all__ = [
@@ -34,10 +34,14 @@ def quantize(
       minimum in float16, both searched: seven shrunk ranges, each refined by least squares for its
       levels, the one of least squared error kept ("int8": the plain range). A weight on such a grid
       already (GGUF Q4_1: "int4" at 32; Q5_0, Q5_1: "int5") is reproduced.
+    - "int2_zp" to "int8_zp": scale and a zero point in float16, ``scale * (level - zero)``, by
+      GPTQ's rule: the levels span the weights and 0. "int2_zp32" to "int8_zp32": both in float32.
     - "int4_sym", "int8_sym": levels -8..7 and -127..127 and no minimum, scale in float16 (GGUF Q4_0
       and Q8_0).
     - "q4_k", "q6_k": llama.cpp's super-blocks of 256 inputs, whose scales (and minima) per 32 and
       per 16 inputs are 6 and 8 bits and share a float16.
+    - "q4_0", "q4_1", "q5_1", "q8_0": GGUF's names for "int4_sym", "int4", "int5" and "int8_sym"
+      with group_size 32.
     - "nf4", "fp4": the code books of bitsandbytes, and its rounding; the scale is the largest
       magnitude, in float32.
     - "iq4_nl": llama.cpp's code book with a float16 scale, searched.
@@ -49,7 +53,8 @@ def quantize(
         w: ``[N, K]``, any N and K; float32, bfloat16, float16 or float64, finite, magnitudes
             within float16 where scales are.
         format: one of the above.
-        group_size: inputs per scale, a multiple of 32. None means 32 for "int4_sym", "int8_sym" and
+        group_size: inputs per scale, a multiple of 32, or 16 for integers of 2, 4, 6 or 8 bits that
+            have a minimum or zero point. None means 32 for "int4_sym", "int8_sym" and
             "iq4_nl", else 64. "q4_k" and "mxfp4" have 32, "q6_k" has 16, and no other.
         activation: what `quantized_linear` will do with its input, see there. "float" is exact;
             "int8" is the fast one for many rows, which "fp8_e4m3" does not have.
@@ -66,8 +71,11 @@ def quantize(
         >>> qt = fw.quantize(torch.randn(48, 100), "int4", group_size=64)
         >>> y = fw.quantized_linear(torch.randn(3, 100), qt)
     """
+    if format in ALIASES and group_size in (None, ALIASES[format][1]):
+        format, group_size = ALIASES[format]
     if format not in FORMATS:
-        raise ValueError(f"quantize: expected format in {sorted(FORMATS)}, got {format!r}")
+        known = sorted([*FORMATS, *ALIASES])
+        raise ValueError(f"quantize: expected format in {known}, got {format!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"quantize: expected activation in {ACTIVATIONS}, got {activation!r}")
     if activation not in FORMATS[format].activations:

@@ -27,7 +27,7 @@ def pack(
     Args:
         codes: ``[N, G, g]``, integers; negative ones in two's complement.
         scale: ``[N, G, 1]``.
-        minimum: ``[N, G, 1]``, or None where the format has none.
+        minimum: ``[N, G, 1]``; the zero point where the format has one; None where it has neither.
         format: name.
         shape: ``(N, K)``.
         activation: see `QuantizedTensor`.
@@ -49,9 +49,10 @@ def pack_stored(
 
     Args:
         codes: see `pack`.
-        parameters: ``[N, G]`` each: (scale, minimum) for "scale+minimum", (d, dmin, scales, minima)
-            for "q4_k" and (d, scales) for "q6_k", integers but for d and dmin, which are the same
-            for all groups of a bundle; else (scale,).
+        parameters: ``[N, G]`` each: (scale, minimum) for "scale+minimum"; (scale, zero) where the
+            format has a zero point; (d, dmin, scales, minima) for "q4_k" and (d, scales) for
+            "q6_k", integers but for d and dmin, which are the same for all groups of a bundle; else
+            (scale,).
         format: see `pack`.
         shape: see `pack`.
         activation: see `pack`.
@@ -105,14 +106,16 @@ def _bundles(qt: QuantizedTensor) -> Tensor:
 def _to_strips(t: Tensor) -> Tensor:
     """``[N, ...]`` to ``[S, 16, ...]``."""
     missing = -t.shape[0] % STRIP
-    return torch.cat([t, t.new_zeros(missing, *t.shape[1:])]).unflatten(0, (-1, STRIP))
+    strips: Tensor = torch.cat([t, t.new_zeros(missing, *t.shape[1:])]).unflatten(0, (-1, STRIP))
+    return strips
 
 
 def _by_bundle(t: Tensor, form: Format) -> Tensor:
     """``[S, 16, G]`` to ``[S, bundles, groups of a bundle, 16]``."""
     missing = -t.shape[2] % form.bundle
     t = torch.cat([t, t.new_zeros(*t.shape[:2], missing)], 2)
-    return t.unflatten(2, (-1, form.bundle)).permute(0, 2, 3, 1).contiguous()
+    bundles: Tensor = t.unflatten(2, (-1, form.bundle))
+    return bundles.permute(0, 2, 3, 1).contiguous()
 
 
 # ---- codes ---------------------------------------------------------------------------------------
@@ -133,7 +136,8 @@ def _pack_codes(codes: Tensor, form: Format) -> Tensor:
     lines = _pack_lines(_to_strips(codes.to(torch.uint8)), form.bits).flatten(2)
     missing = -lines.shape[1] % form.bundle
     lines = torch.cat([lines, lines.new_zeros(lines.shape[0], missing, lines.shape[2])], 1)
-    return lines.unflatten(1, (-1, form.bundle)).flatten(2)
+    bundles: Tensor = lines.unflatten(1, (-1, form.bundle))
+    return bundles.flatten(2)
 
 
 def _pack_lines(codes: Tensor, bits: int) -> Tensor:
@@ -182,7 +186,7 @@ def _as_stored(part: Tensor, form: Format) -> Tensor:
         return part.to(torch.int8).view(torch.uint8)
     if form.parameters == "e8m0":
         return (part.float().view(torch.int32) >> 23).to(torch.uint8)
-    return part.float() if form.parameters == "float32" else part.half()
+    return part.float() if form.parameters.endswith("float32") else part.half()
 
 
 def _unpack_parameters(stored: Tensor, form: Format) -> tuple[Tensor, Tensor]:
@@ -191,9 +195,11 @@ def _unpack_parameters(stored: Tensor, form: Format) -> tuple[Tensor, Tensor]:
         d, dmin = _halves(stored[..., : 4 * STRIP]).unflatten(2, (2, 1, STRIP)).unbind(2)
         scales, minima = _unpack_six_bits(stored[..., 4 * STRIP :].unflatten(2, (-1, STRIP)))
         return d * scales, -dmin * minima
-    if form.parameters == "scale+minimum":
-        scale, minimum = _halves(stored).unflatten(2, (2, 1, STRIP)).unbind(2)
-        return scale, minimum
+    if form.parameters in ("scale+minimum", "scale+zero", "scale+zero float32"):
+        wide = form.parameters.endswith("float32")
+        rows = stored.contiguous().view(torch.float32) if wide else _halves(stored)
+        scale, second = rows.unflatten(2, (2, 1, STRIP)).unbind(2)
+        return scale, (-scale * second if form.has_zero else second)
     if form.parameters == "q6_k":
         d = _halves(stored[..., : 2 * STRIP])[:, :, None]
         scales = stored[..., 2 * STRIP : 18 * STRIP].contiguous().view(torch.int8)

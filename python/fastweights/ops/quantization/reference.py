@@ -112,6 +112,8 @@ def nearest(x: Tensor, form: Format) -> Tensor:
 def _fit(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, ...]:
     """What `pack_stored` wants, for weights ``[N, G, g]``."""
     absmax = w.abs().amax(-1)
+    if form.has_zero:
+        return _with_zero(w, inside, form)
     if form.parameters == "float32":  # the largest magnitude becomes the largest level
         return (absmax / (448.0 if form.bits == 8 else 1.0),)
     if form.parameters == "e8m0":  # the largest magnitude falls into [4, 8), where E2M1 ends
@@ -125,6 +127,15 @@ def _fit(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, ...]:
     if form.parameters == "q6_k":
         return _multiples(scale, form, -128, -128, 127)
     return (scale, minimum) if form.has_minimum else (scale,)
+
+
+def _with_zero(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """GPTQ's scale and zero point ``[N, G]``: the levels span the weights and 0, one of them."""
+    lowest, highest = form.extent
+    low, high = (w * inside).amin(-1).clamp(max=0), (w * inside).amax(-1).clamp(min=0)
+    scale = (high - low) / (highest - lowest)
+    scale = scale.half().float() if form.parameters == "scale+zero" else scale
+    return scale, lowest + (-low * _inverse(scale)).round()
 
 
 def _multiples(v: Tensor, form: Format, top: int, least: int, most: int) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,19 @@ TOLERANCES = {
 }
 
 
+KINDS = [name for name in FORMATS if "_zp" not in name] + ["int4_zp", "int3_zp", "int8_zp32"]
+"""Every way to read codes and every way to read parameters, if not all their combinations."""
+
 # N, K, format, group size, rows of x: each format by one row, a few and many, with odd sizes.
 OTHERS = [
-    (n, k, name, form.group_size, rows)
-    for name, form in FORMATS.items()
+    (n, k, name, FORMATS[name].group_size, rows)
+    for name in KINDS
     if name not in ("int4", "int8")
     for n, k, rows in ((37, 129, (1,)), (20, 150, (2, 2)), (33, 70, (61,)))
+] + [
+    (20, 150, name, 16, rows)
+    for name in ("int2", "int4", "int6", "int8")
+    for rows in ((1,), (2, 2), (61,))
 ]
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastweights.ops.quantization.formats import FORMATS, STRIP
 
-__all__ = ["ACTIVATIONS", "QuantizedTensor", "packed_shape"]
+__all__ = ["ACTIVATIONS", "STRIP", "QuantizedTensor", "packed_shape"]
 
 ACTIVATIONS = ("float", "int8")
 
