@@ -102,15 +102,22 @@ struct MatmulArgs {
 FW_DECLARE_KERNEL(matmul_int8, MatmulArgs)
 FW_DECLARE_KERNEL(matmul_float, MatmulArgs)
 
-// dx = dy W. Task t = (row block t / chunks, chunk of chunk_groups groups t % chunks).
+constexpr int64_t kBackwardRows = 128;    // rows of dy per task
+constexpr int64_t kBackwardOutputs = 64;  // outputs of a decoded panel
+
+// dx = dy W, in two passes. transpose_dy: task t = (row block t / panels, panel of outputs t % panels). backward: task
+// t = (row block t / chunks, chunk of chunk_groups groups t % chunks).
 struct BackwardArgs {
   Weight weight;
   Element element;  // of dy and dx
   const void* dy;   // [M, N], rows dy_stride apart
   int64_t dy_stride, M;
+  void* transposed;  // a block of rows after another, each [16 strips][rows, up to whole vectors], float or double
+  int64_t panels;
   void* dx;  // out [M, K]
   int64_t chunk_groups, chunks;
 };
+FW_DECLARE_KERNEL(transpose_dy, BackwardArgs)
 FW_DECLARE_KERNEL(backward, BackwardArgs)
 
 }  // namespace fastweights::quantization
