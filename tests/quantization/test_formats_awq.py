@@ -65,7 +65,7 @@ def test_what_it_cannot_hold():
 
     with pytest.raises(ValueError, match="awq: expected inputs in the order of their groups"):
         AWQ(32).write(GPTQ(4, 32).read(gptq(act_order=True)))
-    with pytest.raises(ValueError, match="awq: expected zero points from 0 to 15"):
+    with pytest.raises(ValueError, match="awq: expected integer zero points from 0 to 15"):
         AWQ(32).write(GPTQ(8, 32).read(gptq(bits=8)))
 
 

@@ -135,7 +135,7 @@ def test_what_we_quantize_is_written_where_it_fits():
         GPTQ(4, 32).write(Layer(fw.quantize(torch.randn(32, 64), "int4", group_size=32)))
     with pytest.raises(ValueError, match="gptq: expected group_size 64, got 32"):
         GPTQ(4, 64).write(Layer(symmetric))
-    with pytest.raises(ValueError, match="gptq: expected zero points from 0 to 7"):
+    with pytest.raises(ValueError, match="gptq: expected integer zero points from 0 to 7"):
         GPTQ(3, 32).write(Layer(symmetric))
     with pytest.raises(ValueError, match="gptq: expected a weight in int4, got int8"):
         GPTQ(4, 32).write(Layer(fw.quantize(torch.randn(32, 64), "int8", group_size=32)))

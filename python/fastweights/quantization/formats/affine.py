@@ -198,7 +198,9 @@ def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
     )
 
 
-def from_layer(format: str, layer: Layer, bits: int, group_size: int) -> Affine:
+def from_layer(
+    format: str, layer: Layer, bits: int, group_size: int, *, integers: bool = True
+) -> Affine:
     """The layer as codes of `bits`, scale and zero point.
 
     Args:
@@ -206,6 +208,7 @@ def from_layer(format: str, layer: Layer, bits: int, group_size: int) -> Affine:
         layer: see `Layer`.
         bits: per code in the file to be written.
         group_size: of the file to be written; must be the layer's.
+        integers: zero points are codes; else any numbers.
 
     Raises:
         ValueError: the layer has codes, groups or minima that the file cannot have.
@@ -226,10 +229,11 @@ def from_layer(format: str, layer: Layer, bits: int, group_size: int) -> Affine:
             f"{format}: expected every minimum to be scale * (code of zero), as in a weight read "
             "from such a file; got others, which an integer zero point does not give"
         )
-    if bool((zero < 0).any()) or bool((zero >= 1 << bits).any()):
+    wrong = (zero < 0) | (zero >= 1 << bits) | (zero != zero.round())
+    if integers and bool(wrong.any()):
         raise ValueError(
-            f"{format}: expected zero points from 0 to {(1 << bits) - 1}, "
-            f"got {float(zero.min()):g} to {float(zero.max()):g}"
+            f"{format}: expected integer zero points from 0 to {(1 << bits) - 1}, "
+            f"got {float(zero[wrong][0]):g}"
         )
     back = None if layer.order is None else layer.order.argsort()
 

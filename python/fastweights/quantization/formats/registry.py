@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fastweights.quantization.formats.awq import AWQ
+from fastweights.quantization.formats.bitsandbytes import LLMInt8
 from fastweights.quantization.formats.compressed_tensors import CompressedTensors
 from fastweights.quantization.formats.gptq import GPTQ
 from fastweights.quantization.formats.layer import Layer
@@ -33,6 +34,7 @@ class Format(Protocol):
 _METHODS: dict[str, Any] = {
     "gptq": GPTQ.from_config,
     "awq": AWQ.from_config,
+    "bitsandbytes": LLMInt8.from_config,
     "compressed-tensors": CompressedTensors.from_config,
 }
 
