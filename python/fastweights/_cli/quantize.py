@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from fastweights import data
 
     say(f"loading {source}")
-    model, tokenizer = fw.load(source)
+    model, tokenizer = fw.load(source, dequantize=True)
     tokens = None
     if options.calibrate is not None:
         tokens = data.pack(

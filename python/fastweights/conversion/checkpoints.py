@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastweights.conversion.files import check_tensors, read_tensors
-from fastweights.ops.quantization.layers import QuantizedLinear
+from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.registry import Format, format_of
 
-__all__ = ["empty_model", "fill_model", "load_checkpoint", "put_layer"]
+__all__ = ["empty_model", "fill_model", "load_checkpoint", "put_embedding", "put_layer"]
 
 
 def load_checkpoint(
@@ -90,6 +91,27 @@ def put_layer(
     return {f"{name}.{part}" for part in put.state_dict()}
 
 
+def put_embedding(model: Any, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> set[str]:
+    """Exchanges the embedding `name` of an empty model, and the linear layers tied to it.
+
+    Returns:
+        State-dict names that are there now.
+
+    Raises:
+        ValueError: another shape than the model's.
+    """
+    shape = tuple(model.get_submodule(name).weight.shape)
+    if shape != weight.shape:
+        raise ValueError(f"load: expected {name} of shape {list(shape)}, got {list(weight.shape)}")
+    ties = model.all_tied_weights_keys.items()
+    linears = [a.removesuffix(".weight") for a, b in ties if b == f"{name}.weight"]
+    for each in (name, *linears):
+        put = QuantizedLinear(weight) if each in linears else QuantizedEmbedding(weight, dtype)
+        parent, _, child = each.rpartition(".")
+        setattr(model.get_submodule(parent), child, put)
+    return {f"{each}.packed" for each in (name, *linears)}
+
+
 def fill_model(
     source: Path, model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, done: set[str]
 ) -> None:
@@ -111,7 +133,10 @@ def fill_model(
         for name, tensor in tensors.items()
     }
     model.load_state_dict(copies, strict=False, assign=True)
-    model.tie_weights()
+    floats = set(dict(model.named_parameters(remove_duplicate=False)))
+    ties = model.all_tied_weights_keys
+    if floats.issuperset([*ties.keys(), *ties.values()]):
+        model.tie_weights()
 
 
 def _read_layers(
