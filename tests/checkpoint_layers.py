@@ -97,13 +97,13 @@ def llm_int8(n=48, k=96, seed=0):
 
 
 def onnx(n=24, k=100, bits=4, block=32, zero_points=None, flat=False, dtype=torch.float16, seed=0):
-    """Inputs of a MatMulNBits node; what fills the last block up is the code of zero."""
+    """Inputs of a MatMulNBits node, filled up as by onnxruntime's quantizer."""
     g = torch.Generator().manual_seed(seed)
     blocks = -(-k // block)
     each = 8 // bits
 
-    def pack(codes):
-        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each))
+    def pack(codes, fill=0):
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each), value=fill)
         words = padded.unflatten(1, (-1, each)) << torch.arange(0, 8, bits)
         return words.sum(-1).to(torch.uint8)
 
@@ -112,13 +112,12 @@ def onnx(n=24, k=100, bits=4, block=32, zero_points=None, flat=False, dtype=torc
         zeros[:] = 1 << (bits - 1)
     codes = torch.randint(1 << bits, (n, blocks * block), generator=g)
     floats = zeros + 0.5
-    last = floats.round().clamp(max=(1 << bits) - 1) if zero_points == "float" else zeros
-    codes[:, k:] = last[:, -1:].long()
+    codes[:, k:] = 0
     shape = (-1,) if flat else (n, -1)
     scales = (torch.rand(n, blocks, generator=g) * 0.01 + 0.001).to(dtype)
     tensors = {"B": pack(codes).view(n, blocks, -1), "scales": scales.view(shape)}
     if zero_points == "packed":
-        tensors["zero_points"] = pack(zeros).view(shape)
+        tensors["zero_points"] = pack(zeros, 1 << (bits - 1)).view(shape)
     if zero_points == "float":
         tensors["zero_points"] = floats.to(dtype).view(shape)
     return tensors

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastweights.quantization.formats import affine
 from fastweights.quantization.formats.affine import Affine
@@ -136,7 +137,7 @@ class MatMulNBits:
         return affine.to_layer(found, source, activation)
 
     def write(self, layer: Layer) -> dict[str, Tensor]:
-        """The tensors of a layer; inputs that fill up the last block have the code of zero.
+        """The tensors of a layer, filled up as by onnxruntime: codes by 0, zero points by middles.
 
         Args:
             layer: from `read` of this or another format, or ``Layer(quantized_tensor)``.
@@ -153,18 +154,18 @@ class MatMulNBits:
         middle = 1 << (self.bits - 1)
         if self.zero_points is None and bool((source.zero != middle).any()):
             raise ValueError(f"{_FORMAT}: expected a symmetric weight, got other zero points")
-        last = source.zero[:, -1:].round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
         missing = blocks * self.block_size - k
-        rows = []
-        for start, stop in affine.row_parts(n, k):
-            tail = last[start:stop].expand(-1, missing)
-            rows.append(pack_bits(torch.cat([source.codes(start, stop), tail], 1), self.bits))
+        rows = [
+            pack_bits(pad(source.codes(start, stop), (0, missing)), self.bits)
+            for start, stop in affine.row_parts(n, k)
+        ]
         tensors = {
             "B": torch.cat(rows).view(n, blocks, -1),
             "scales": source.scale.reshape(self._shape(n, blocks)).clone(),
         }
         if self.zero_points == "packed":
-            packed = pack_bits(source.zero.to(torch.uint8), self.bits)
+            zeros = pad(source.zero.to(torch.uint8), (0, -blocks % (8 // self.bits)), value=middle)
+            packed = pack_bits(zeros, self.bits)
             tensors["zero_points"] = packed.reshape(self._shape(n, packed.shape[1]))
         elif self.zero_points == "float":
             zero = source.zero.to(source.scale.dtype)
