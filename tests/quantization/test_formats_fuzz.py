@@ -4,22 +4,33 @@ import json
 import random
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save
 
 import checkpoint_layers as layers
+import onnx_files
 from fastweights.conversion.files import read_json, read_tensors
 from fastweights.functional import dequantize, quantized_linear
 from fastweights.integrations.gguf_config import config_of
 from fastweights.ops.quantization.tensor import QuantizedTensor
-from fastweights.quantization.formats import GGUF, GGUFTensor, GGUFValue, read_gguf, write_gguf
+from fastweights.quantization.formats import (
+    GGUF,
+    GGUFTensor,
+    GGUFValue,
+    MatMulNBits,
+    read_gguf,
+    write_gguf,
+)
 from fastweights.quantization.formats.gguf_blocks import TYPES
+from fastweights.quantization.formats.onnx import quantized_layers, read_onnx
 from fastweights.quantization.formats.registry import format_of
 
 MUTATIONS = 2000  # of every format
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF)
+SIZES = (0, 1, 2, 16, 31, 32, 64, 1000)
 NUMBERS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 2**62, 3 << 40)
 
 
@@ -54,11 +65,34 @@ def mutate(data, draw, start):
     return bytes(data)
 
 
+def damage(tensors, draw):
+    """A file whose container is whole, one tensor of which is missing or not what it should be."""
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name]
+    raw = bytearray(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    kind = draw.randrange(6)
+    if kind == 0:
+        return {k: v for k, v in tensors.items() if k != name}
+    if kind == 1:
+        other = torch.tensor([]).new_empty(draw.choices(SIZES, k=draw.randrange(4)))
+        return tensors | {draw.choice((name, "g_idx", "bias")): other.to(tensor.dtype)}
+    if kind == 2:
+        dtypes = (torch.int32, torch.float16, torch.float32, torch.int64, torch.uint8)
+        return tensors | {name: tensor.to(draw.choice(dtypes))}
+    if kind == 3:
+        return tensors | {name: tensor.T.contiguous() if tensor.dim() == 2 else tensor[None]}
+    for _ in range(draw.randint(1, 4)):
+        raw[draw.randrange(len(raw))] = draw.choice((*EXTREMES, 0x7C, 0x7E, 0xFE, 0xFC))
+    flat = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype)
+    return tensors | {name: flat.view(tensor.shape)}
+
+
 def use(weight):
-    """What was accepted is decoded and multiplied by every kernel that reads it."""
+    """What was accepted is decoded, and multiplied with both kinds of activations."""
     assert dequantize(weight).isfinite().all()
     x = torch.ones(2, weight.shape[1])
-    quantized_linear(x, weight)
+    for activation in ("int8", "float"):
+        quantized_linear(x, replace(weight, activation=activation))
 
 
 def read_folder(folder):
@@ -102,10 +136,13 @@ def test_folders(kind, tmp_path):
     accepted = 0
     for _ in range(MUTATIONS):
         damaged, changed = weights, settings
-        if draw.random() < 0.8:
-            damaged = mutate(weights, draw, header)
-        else:
-            changed = mutate(settings, draw, len(settings))
+        match draw.randrange(5):
+            case 0:
+                changed = mutate(settings, draw, len(settings))
+            case 1 | 2:
+                damaged = mutate(weights, draw, header)
+            case _:
+                damaged = save(damage(tensors, draw))
         (tmp_path / "model.safetensors").write_bytes(damaged)
         (tmp_path / "config.json").write_bytes(changed)
         try:
@@ -178,3 +215,42 @@ def test_gguf(tmp_path):
             if isinstance(value, QuantizedTensor):
                 use(value)
     assert 0 < configured < accepted < 2 * MUTATIONS
+
+
+def small_onnx():
+    """Two layers, one of which has everything that a node may have, and a vector."""
+    nodes, initializers = [], [onnx_files.tensor("norm", torch.ones(16))]
+    g_idx = (torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 32).int()
+    for name, zero_points, more in (
+        ("/a/MatMul_Q4", None, {}),
+        ("/b/MatMul_Q4", "packed", {"g_idx": g_idx, "bias": torch.ones(16).half()}),
+    ):
+        form = MatMulNBits(64, 16, zero_points=zero_points)
+        tensors = layers.onnx(16, 64, zero_points=zero_points) | more
+        node, parts = onnx_files.matmul_nbits(name, form, tensors)
+        nodes.append(node)
+        initializers += parts
+    return onnx_files.model(nodes, initializers)
+
+
+def test_onnx(tmp_path):
+    path = tmp_path / "a.onnx"
+    whole = small_onnx()
+    draw = random.Random(0)
+    accepted = packed = 0
+    for _ in range(2 * MUTATIONS):
+        path.write_bytes(mutate(whole, draw, len(whole)))
+        try:
+            file = read_onnx(path)
+            accepted += 1
+            for name, form, tensors in quantized_layers(file):
+                layer = form.read(tensors, name, activation="int8")
+                use(layer.weight)
+                form.write(layer)
+                packed += 1
+            for tensor in file.tensors.values():
+                tensor.read()
+        except ValueError as error:
+            assert "\n" not in str(error)
+    assert 0 < accepted < 2 * MUTATIONS
+    assert packed > 0
