@@ -5,7 +5,7 @@ import torch
 
 from checkpoint_layers import awq as checkpoint
 from checkpoint_layers import bit_stream, check_values, int32, same
-from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.layout import unpack
 from fastweights.quantization.formats import AWQ, GPTQ
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -41,7 +41,7 @@ def test_against_the_definition(n, k, dtype):
 def test_the_sheets_word():
     tensors = checkpoint(16, 32)
     tensors["qweight"][:] = int32(0x75316420)
-    codes = reference.unpack(AWQ(32).read(tensors).weight)[0]
+    codes = unpack(AWQ(32).read(tensors).weight)[0]
     assert codes[:, 0, 0].tolist() == [*range(8)] * 2
 
 

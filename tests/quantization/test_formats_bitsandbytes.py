@@ -35,12 +35,13 @@ def test_scales_that_float16_holds_are_exact():
     same(LLMInt8().write(layer), tensors)
 
 
-def test_minus_128_needs_float_activations():
+def test_a_code_of_minus_128():
     tensors = llm_int8()
-    tensors["weight"][5, 5] = -128
-    same(LLMInt8().write(LLMInt8().read(tensors)), tensors)
-    with pytest.raises(ValueError, match="bitsandbytes: weight: expected codes of at least -127"):
-        LLMInt8().read(tensors, activation="int8")
+    tensors["weight"][5] = -128
+    layer = LLMInt8().read(tensors, activation="int8")
+    same(LLMInt8().write(layer), tensors)
+    x = torch.full((1, 96), -1.0)
+    torch.testing.assert_close(layer.module()(x), x @ layer.dequantize().T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

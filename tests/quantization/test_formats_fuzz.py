@@ -167,7 +167,8 @@ def small_gguf(path):
     for kind, type_ in TYPES.items():
         if type_.blocks is not None:
             data = torch.randint(0, 120, (16, type_.bytes), dtype=torch.uint8, generator=generator)
-            tensors[type_.name] = GGUFTensor(type_.name, kind, (16, 32), data.numpy())
+            shape = (16, type_.weights)
+            tensors[type_.name] = GGUFTensor(type_.name, kind, shape, data.numpy())
     packed = tensors["Q4_1"].read()
     for name in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_up.weight"):
         add(name, packed, "Q4_1")

@@ -9,33 +9,46 @@ import torch
 
 import fastweights as fw
 from fastweights.demo.model import smollm2
-from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.layout import unpack
 from fastweights.quantization.formats import GGUF, GGUFTensor, GGUFValue, read_gguf, write_gguf
 from fastweights.quantization.formats.gguf_blocks import FLOATS, TYPES
 
 PACKED = [t.name for t in TYPES.values() if t.blocks is not None]
 
 
-def random_blocks(type_name, n=48, k=96, seed=0):
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,), "MXFP4": ()}
+
+
+def columns(type_name):
+    return 96 if gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][0] == 32 else 512
+
+
+def random_blocks(type_name, n=48, k=None, seed=0):
     """Random bytes, but for scales and minima, which are finite."""
     kind = gguf.GGMLQuantizationType[type_name]
     weights, size = gguf.GGML_QUANT_SIZES[kind]
+    k = columns(type_name) if k is None else k
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (n, k // weights, size), dtype=np.uint8)
-    halves = 2 if type_name.endswith("_1") else 1
-    values = rng.normal(0, 0.01, (n, k // weights, halves)).astype(np.float16)
-    data[..., : 2 * halves] = values.view(np.uint8)
+    for offset in HALVES.get(type_name, (0,)):
+        values = rng.normal(0, 0.01, (n, k // weights, 1)).astype(np.float16)
+        data[..., offset : offset + 2] = values.view(np.uint8)
+    if type_name == "MXFP4":
+        data[..., 0] %= 240
     return kind, data.reshape(n, -1)
 
 
-def tensor_of(type_name, data, n=48, k=96):
+def tensor_of(type_name, data, n=48, k=None):
+    k = columns(type_name) if k is None else k
     kind = next(i for i, t in TYPES.items() if t.name == type_name)
     return GGUFTensor("w", kind, (n, k), data)
 
 
 @pytest.mark.parametrize("type_name", PACKED)
-@pytest.mark.parametrize("shape", [(48, 96), (5, 32)])
-def test_values_are_those_of_the_package(type_name, shape):
+@pytest.mark.parametrize("n", [48, 5])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_values_are_those_of_the_package(type_name, n, blocks):
+    shape = (n, blocks * columns(type_name) // (3 if columns(type_name) == 96 else 2))
     kind, data = random_blocks(type_name, *shape)
     weight = tensor_of(type_name, data, *shape).read()
     expected = torch.from_numpy(gguf.quants.dequantize(data, kind))
@@ -83,28 +96,39 @@ def test_what_we_quantize_is_written_where_it_fits():
         weight = fw.quantize(w, "int4", group_size=group)
         again = GGUFTensor.of("w", weight, "Q4_1").read()
         assert torch.equal(fw.dequantize(again), fw.dequantize(weight))
-    with pytest.raises(ValueError, match="gguf: w: expected a weight that Q4_0 holds, got other"):
+    with pytest.raises(ValueError, match="gguf: w: expected int4_sym with inputs in multiples of"):
         GGUFTensor.of("w", weight, "Q4_0")
-    with pytest.raises(ValueError, match="gguf: w: expected int8 with inputs in multiples of 32"):
-        GGUFTensor.of("w", weight, "Q8_0")
     with pytest.raises(ValueError, match="gguf: w: expected int4 with inputs in multiples of 32"):
         GGUFTensor.of("w", fw.quantize(torch.randn(4, 33), "int4"), "Q4_1")
-    eight = tensor_of("Q8_0", random_blocks("Q8_0")[1]).read()
-    for type_name in ("Q5_0", "Q5_1"):
-        with pytest.raises(ValueError, match=f"expected a weight that {type_name} holds"):
-            GGUFTensor.of("w", eight, type_name)
-    for thing, type_name in ((w, "F16"), (w, "Q4_1"), (weight, "F32"), (weight, "Q4_K")):
+    with pytest.raises(ValueError, match="gguf: w: expected q4_k with inputs in multiples of 256"):
+        GGUFTensor.of("w", fw.quantize(w, "q4_k"), "Q4_K")
+    five = tensor_of("Q5_1", random_blocks("Q5_1")[1]).read()
+    with pytest.raises(ValueError, match="expected a weight that Q5_0 holds, got other minima"):
+        GGUFTensor.of("w", five, "Q5_0")
+    for thing, type_name in ((w, "F16"), (w, "Q4_1"), (weight, "F32"), (weight, "Q2_K")):
         with pytest.raises(ValueError, match=f"gguf: w: expected a tensor that is {type_name}"):
             GGUFTensor.of("w", thing, type_name)
 
 
-def test_minus_128_needs_float_activations():
+@pytest.mark.parametrize("type_name", PACKED)
+def test_our_weights_as_the_package_reads_them(type_name):
+    """Quantized by us, written, dequantized by the package."""
+    blocks = next(t.blocks for t in TYPES.values() if t.name == type_name)
+    weight = fw.quantize(torch.randn(20, 512), blocks.format, group_size=blocks.group_size)
+    if type_name == "Q5_0":
+        weight = tensor_of("Q5_0", random_blocks("Q5_0", 20, 512)[1], 20, 512).read()
+    tensor = GGUFTensor.of("w", weight, type_name)
+    theirs = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[type_name])
+    assert torch.equal(fw.dequantize(weight), torch.from_numpy(theirs))
+
+
+def test_minus_128_meets_both_kinds_of_activations():
     _, data = random_blocks("Q8_0")
-    data[0, 2] = 128
-    codes = reference.unpack(tensor_of("Q8_0", data).read())[0]
-    assert codes[0, 0, 0] == -128
-    with pytest.raises(ValueError, match="gguf: w: expected codes of at least -127 for int8 act"):
-        tensor_of("Q8_0", data).read(activation="int8")
+    data[:, 2:34] = 128
+    weight = tensor_of("Q8_0", data).read(activation="int8")
+    assert unpack(weight)[0][0, 0, 0] == 128
+    x = torch.full((1, 96), -3.0)
+    torch.testing.assert_close(fw.quantized_linear(x, weight), x @ fw.dequantize(weight).T)
 
 
 def write_by_package(path):
@@ -256,7 +280,7 @@ def test_a_missing_file(tmp_path):
     [
         (tensor_of("Q4_1", np.full((48, 60), 255, np.uint8)), "w: expected finite scales and min"),
         (GGUFTensor("w", 0, (2,), np.full((1, 8), 255, np.uint8)), "w: expected finite values"),
-        (GGUFTensor("w", 12, (1, 256), np.zeros((1, 144), np.uint8)), r"read here .* got Q4_K"),
+        (GGUFTensor("w", 10, (1, 256), np.zeros((1, 84), np.uint8)), r"read here .* got Q2_K"),
         (GGUFTensor("w", 3, (2, 1, 32), np.zeros((2, 20), np.uint8)), "w: expected two dimensions"),
     ],
 )
@@ -265,11 +289,12 @@ def test_tensors_that_are_not_read(tensor, message):
         tensor.read()
 
 
-def test_q4_0_whose_minimum_overflows():
-    _, data = random_blocks("Q4_0")
-    data[0, :2] = np.array([60000.0], np.float16).view(np.uint8)
+@pytest.mark.parametrize(("type_name", "bytes"), [("Q5_0", (0x40, 0x75)), ("MXFP4", (253, 0))])
+def test_weights_that_would_be_infinite(type_name, bytes):
+    _, data = random_blocks(type_name)
+    data[0, :2] = bytes
     with pytest.raises(ValueError, match="gguf: w: expected finite scales and minima"):
-        tensor_of("Q4_0", data).read()
+        tensor_of(type_name, data).read()
 
 
 def test_a_file_is_written_over_itself(tmp_path):

@@ -11,7 +11,10 @@ from torch import Tensor
 from fastweights.ops.quantization.formats import FORMATS, STRIP, Format
 from fastweights.ops.quantization.tensor import QuantizedTensor, packed_shape
 
-__all__ = ["pack", "pack_stored", "unpack", "unpack_parameters", "with_codes"]
+__all__ = [
+    "e8m0", "pack", "pack_six_bits", "pack_stored", "unpack", "unpack_parameters",
+    "unpack_six_bits", "unpack_stored", "with_codes",
+]  # fmt: skip
 
 
 def pack(
@@ -65,30 +68,25 @@ def pack_stored(
 
 def unpack(qt: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[N, G, g]`` (uint8), scale and minimum ``[N, G, 1]`` (float32)."""
-    form = FORMATS[qt.format]
-    lines = _bundles(qt)[..., : -form.parameter_bytes].unflatten(2, (form.bundle, -1))
-    codes = _unpack_lines(lines.flatten(1, 2)[:, : _groups(qt)], form.bits)
-    scale, minimum = unpack_parameters(qt)
-    return codes.flatten(0, 1)[: qt.shape[0]], scale, minimum
+    return _codes(qt), *unpack_parameters(qt)
 
 
 def unpack_parameters(qt: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum ``[N, G, 1]``, float32."""
     form = FORMATS[qt.format]
-    stored = _bundles(qt)[..., -form.parameter_bytes :]
-    scale, minimum = (  # [S, groups, 16]
-        t.flatten(1, 2)[:, : _groups(qt)] for t in _unpack_parameters(stored, form)
-    )
-    n, _ = qt.shape
-    scale, minimum = (t.transpose(1, 2).flatten(0, 1)[:n, :, None] for t in (scale, minimum))
-    return scale, minimum
+    scale, minimum = _scale_and_minimum(_unpack_stored(_stored(qt), form), form)
+    return _from_bundles(scale, qt)[..., None], _from_bundles(minimum, qt)[..., None]
+
+
+def unpack_stored(qt: QuantizedTensor) -> tuple[Tensor, list[Tensor]]:
+    """Inverse of `pack_stored`: codes ``[N, G, g]``, parameters ``[N, G]``, floats in float32."""
+    parts = _unpack_stored(_stored(qt), FORMATS[qt.format])
+    return _codes(qt), [_from_bundles(part, qt) for part in parts]
 
 
 def with_codes(qt: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
     """The same scales and minima with other codes ``[N, G, g]``."""
-    form = FORMATS[qt.format]
-    stored = _bundles(qt)[..., -form.parameter_bytes :]
-    bundles = torch.cat([_pack_codes(codes, form), stored], 2)
+    bundles = torch.cat([_pack_codes(codes, FORMATS[qt.format]), _stored(qt)], 2)
     return replace(qt, packed=bundles.flatten(1))
 
 
@@ -101,6 +99,19 @@ def _bundles(qt: QuantizedTensor) -> Tensor:
     strips, stored = packed_shape(qt.format, *qt.shape, qt.group_size)
     each = FORMATS[qt.format].bundle_bytes(qt.group_size)
     return qt.packed.reshape(strips, stored // each, each)
+
+
+def _stored(qt: QuantizedTensor) -> Tensor:
+    """Bytes of the parameters ``[S, bundles, bytes]``."""
+    return _bundles(qt)[..., -FORMATS[qt.format].parameter_bytes :]
+
+
+def _codes(qt: QuantizedTensor) -> Tensor:
+    """Codes ``[N, G, g]``."""
+    form = FORMATS[qt.format]
+    lines = _bundles(qt)[..., : -form.parameter_bytes].unflatten(2, (form.bundle, -1))
+    codes = _unpack_lines(lines.flatten(1, 2)[:, : _groups(qt)], form.bits)
+    return codes.flatten(0, 1)[: qt.shape[0]]
 
 
 def _to_strips(t: Tensor) -> Tensor:
@@ -116,6 +127,12 @@ def _by_bundle(t: Tensor, form: Format) -> Tensor:
     t = torch.cat([t, t.new_zeros(*t.shape[:2], missing)], 2)
     bundles: Tensor = t.unflatten(2, (-1, form.bundle))
     return bundles.permute(0, 2, 3, 1).contiguous()
+
+
+def _from_bundles(t: Tensor, qt: QuantizedTensor) -> Tensor:
+    """``[S, bundles, groups of a bundle (or 1), 16]`` to ``[N, G]``."""
+    t = t.expand(-1, -1, FORMATS[qt.format].bundle, -1).flatten(1, 2)[:, : _groups(qt)]
+    return t.transpose(1, 2).flatten(0, 1)[: qt.shape[0]]
 
 
 # ---- codes ---------------------------------------------------------------------------------------
@@ -174,7 +191,7 @@ def _pack_parameters(parts: Sequence[Tensor], form: Format) -> Tensor:
     rows = [_as_stored(part, form) for part in parts]
     if form.parameters == "q4_k":
         d, dmin, scales, minima = rows
-        rows = [d[:, :, :1], dmin[:, :, :1], _pack_six_bits(scales, minima)]
+        rows = [d[:, :, :1], dmin[:, :, :1], pack_six_bits(scales, minima)]
     elif form.parameters == "q6_k":
         d, scales = rows
         rows = [d[:, :, :1], scales, scales.new_zeros(*d.shape[:2], 2, STRIP)]
@@ -189,44 +206,58 @@ def _as_stored(part: Tensor, form: Format) -> Tensor:
     return part.float() if form.parameters.endswith("float32") else part.half()
 
 
-def _unpack_parameters(stored: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """``[S, bundles, bytes]`` to scale and minimum ``[S, bundles, groups, 16]``."""
+def _unpack_stored(stored: Tensor, form: Format) -> tuple[Tensor, ...]:
+    """``[S, bundles, bytes]`` to ``[S, bundles, groups (or 1), 16]`` each."""
     if form.parameters == "q4_k":
         d, dmin = _halves(stored[..., : 4 * STRIP]).unflatten(2, (2, 1, STRIP)).unbind(2)
-        scales, minima = _unpack_six_bits(stored[..., 4 * STRIP :].unflatten(2, (-1, STRIP)))
-        return d * scales, -dmin * minima
+        return d, dmin, *unpack_six_bits(stored[..., 4 * STRIP :].unflatten(2, (-1, STRIP)))
+    if form.parameters == "q6_k":
+        scales = stored[..., 2 * STRIP : 18 * STRIP].contiguous().view(torch.int8)
+        return _halves(stored[..., : 2 * STRIP])[:, :, None], scales.unflatten(2, (-1, STRIP))
     if form.parameters in ("scale+minimum", "scale+zero", "scale+zero float32"):
         wide = form.parameters.endswith("float32")
         rows = stored.contiguous().view(torch.float32) if wide else _halves(stored)
-        scale, second = rows.unflatten(2, (2, 1, STRIP)).unbind(2)
-        return scale, (-scale * second if form.has_zero else second)
+        return rows.unflatten(2, (2, 1, STRIP)).unbind(2)
+    if form.parameters == "e8m0":
+        return (e8m0(stored.unflatten(2, (-1, STRIP))),)
+    if form.parameters == "float32":
+        return (stored.contiguous().view(torch.float32).unflatten(2, (-1, STRIP)),)
+    return (_halves(stored).unflatten(2, (-1, STRIP)),)
+
+
+def _scale_and_minimum(parts: tuple[Tensor, ...], form: Format) -> tuple[Tensor, Tensor]:
+    if form.parameters == "q4_k":
+        d, dmin, scales, minima = parts
+        return d * scales, -dmin * minima
     if form.parameters == "q6_k":
-        d = _halves(stored[..., : 2 * STRIP])[:, :, None]
-        scales = stored[..., 2 * STRIP : 18 * STRIP].contiguous().view(torch.int8)
-        scale = d * scales.unflatten(2, (-1, STRIP)).float()
-    elif form.parameters == "e8m0":
-        exponents = stored.unflatten(2, (-1, STRIP)).int()
-        scale = torch.where(exponents == 0, 1 << 22, exponents << 23).int().view(torch.float32)
-        scale = torch.where(exponents == 255, torch.nan, scale)
-    elif form.parameters == "float32":
-        scale = stored.contiguous().view(torch.float32).unflatten(2, (-1, STRIP))
-    else:
-        scale = _halves(stored).unflatten(2, (-1, STRIP))
-    return scale, torch.zeros_like(scale)
+        d, scales = parts
+        return d * scales, torch.zeros_like(d)
+    if not form.has_minimum:
+        return parts[0], torch.zeros_like(parts[0])
+    scale, second = parts
+    return scale, (-scale * second if form.has_zero else second)
+
+
+def e8m0(exponents: Tensor) -> Tensor:
+    """Bytes e as ``2 ** (e - 127)``, 255 as NaN."""
+    e = exponents.int()
+    scale = torch.where(e == 0, 1 << 22, e << 23).int().view(torch.float32)
+    return torch.where(e == 255, torch.nan, scale)
 
 
 def _halves(stored: Tensor) -> Tensor:
     return stored.contiguous().view(torch.float16).float()
 
 
-def _pack_six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+def pack_six_bits(scales: Tensor, minima: Tensor) -> Tensor:
     """Eight scales and eight minima of 6 bits in llama.cpp's 12 bytes: rows of dimension 2."""
     upper = [t[:, :, :4] | (t[:, :, 4:] >> 4 << 6) for t in (scales, minima)]
     return torch.cat([*upper, (scales[:, :, 4:] & 15) | (minima[:, :, 4:] << 4)], 2)
 
 
-def _unpack_six_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_six_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack_six_bits`."""
     low, high, both = rows.unflatten(2, (3, 4)).unbind(2)
     scales = torch.cat([low & 63, (both & 15) | (low >> 6 << 4)], 2)
     minima = torch.cat([high & 63, (both >> 4) | (high >> 6 << 4)], 2)
-    return scales.float(), minima.float()
+    return scales, minima

@@ -7,24 +7,25 @@ minimum, any other one that is rounded by up to ``2**-11`` of itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.tensor import STRIP, QuantizedTensor, packed_shape
+from fastweights.ops.quantization.layout import unpack, unpack_parameters
+from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.formats.check import Tensors
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import pack_rows, rows_of
 
 __all__ = [
     "FLOATS", "Affine", "container", "from_layer", "group_count", "group_width", "input_groups",
-    "input_order", "pack_rows", "row_parts", "to_layer",
+    "input_order", "to_layer",
 ]  # fmt: skip
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_AT_ONCE = 1 << 22  # weights of a part: what a layer needs beside its packed form
 _LARGEST_GROUP = 1 << 16
 _LARGEST_SCALE = 65504.0
 # What float16 may do to a weight: an eighth of its step, or, in groups of tiny scale, 2**-10 of the
@@ -60,7 +61,7 @@ class Affine:
 
 def container(bits: int) -> tuple[str, int]:
     """Format of the packed weight that holds codes of `bits`, and what is subtracted from them."""
-    return ("int4", 0) if bits <= 4 else ("int8", 1 << (bits - 1))
+    return (f"int{max(bits, 2)}", 0) if bits <= 6 else ("int8", 1 << (bits - 1))
 
 
 def group_width(format: str, group_size: int, inputs: int) -> int:
@@ -118,40 +119,6 @@ def input_groups(format: str, source: Affine) -> Tensor:
     return groups if source.order is None else groups[source.order.argsort()]
 
 
-def row_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole strips, of a bounded number of weights each."""
-    step = max(1, _MOST_AT_ONCE // (STRIP * max(columns, 1))) * STRIP
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def pack_rows(
-    format: str,
-    shape: tuple[int, int],
-    width: int,
-    activation: str,
-    codes: Callable[[int, int], Tensor],
-    scale: Tensor,
-    minimum: Tensor,
-) -> QuantizedTensor:
-    """The packed weight of `codes(start, stop)` ``[rows, K]``, scale and minimum ``[N, G]``.
-
-    Codes are uint8 for "int4" and int8 for "int8"; scale and minimum are in float16's range.
-    """
-    n, k = shape
-    packed = torch.empty(packed_shape(format, n, k, width), dtype=torch.uint8)
-    for start, stop in row_parts(n, k):
-        groups = torch.nn.functional.pad(codes(start, stop), (0, -k % width)).unflatten(
-            1, (-1, width)
-        )
-        part = reference.pack(
-            groups, scale[start:stop, :, None], minimum[start:stop, :, None],
-            format, (stop - start, k), activation,
-        )  # fmt: skip
-        packed[start // STRIP : -(-stop // STRIP)] = part.packed
-    return QuantizedTensor(packed, format, shape, width, activation)
-
-
 def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
     """The packed layer.
 
@@ -161,8 +128,7 @@ def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
         activation: see `fastweights.quantize`.
 
     Raises:
-        ValueError: float16 cannot hold the parameters, or a code that the kernels for int8
-            activations do not have.
+        ValueError: float16 cannot hold the parameters.
     """
     n, k = source.shape
     form, offset = container(source.bits)
@@ -178,14 +144,13 @@ def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
             part = part[:, source.order]
         if not offset:
             return part
-        signed = (part ^ offset if source.bits == 8 else part - offset).view(torch.int8)
-        if activation == "int8" and bool((signed == -128).any()):
-            raise tensors.error(
-                "weight", "codes of at least -127 for int8 activations", "-128 (use 'float')"
-            )
-        return signed
+        return part - offset  # in two's complement
 
-    weight = pack_rows(form, (n, k), width, activation, codes, scale, minimum)
+    def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
+        groups = pad(codes(start, stop), (0, -k % width)).unflatten(1, (-1, width))
+        return groups, [scale[start:stop], minimum[start:stop]]
+
+    weight = pack_rows(form, (n, k), width, activation, part)
     return Layer(
         weight=weight,
         bits=source.bits,
@@ -240,8 +205,7 @@ def from_layer(
     def codes(start: int, stop: int) -> Tensor:
         part = _codes(weight, start, stop)
         if offset:
-            part = part.view(torch.uint8)
-            part = part ^ offset if layer.bits == 8 else part + offset
+            part = part + offset
         if layer.bits > bits and bool((part >> bits).any()):
             raise ValueError(f"{format}: expected codes of {bits} bits, got {int(part.max())}")
         return part if back is None else part[:, back]
@@ -252,21 +216,13 @@ def from_layer(
 
 def parameters(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum ``[N, G]``, float64."""
-    n, k = weight.shape
-    groups = -(-k // weight.group_size)
-    lines = weight.packed.view(weight.packed.shape[0], groups, -1)[..., -4 * STRIP :]
-    values = lines.contiguous().view(torch.float16).unflatten(2, (2, STRIP)).double()
-    scale, minimum = values.permute(2, 0, 3, 1).flatten(1, 2)[:, :n]
-    return scale, minimum
+    scale, minimum = unpack_parameters(weight)
+    return scale[..., 0].double(), minimum[..., 0].double()
 
 
 def _codes(weight: QuantizedTensor, start: int, stop: int) -> Tensor:
-    """Codes of outputs start to stop, `start` the first of a strip: uint8 or, for int8, int8."""
-    n, k = stop - start, weight.shape[1]
-    strips = weight.packed[start // STRIP : -(-stop // STRIP)]
-    part = QuantizedTensor(strips, weight.format, (n, k), weight.group_size, weight.activation)
-    codes = reference.unpack(part)[0].flatten(1)[:, :k]
-    return codes.to(torch.int8 if weight.format == "int8" else torch.uint8)
+    """Codes of outputs start to stop, `start` the first of a strip, uint8."""
+    return unpack(rows_of(weight, start, stop))[0].flatten(1)[:, : weight.shape[1]]
 
 
 def _zero(scale: Tensor, minimum: Tensor, offset: int) -> Tensor:

@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["AWQ"]
 
@@ -115,7 +116,7 @@ class AWQ:
             raise ValueError(f"{_FORMAT}: expected a multiple of 8 as N, got {n}")
         if source.order is not None:
             raise ValueError(f"{_FORMAT}: expected inputs in the order of their groups, got others")
-        columns = [_pack(source.codes(start, stop).T) for start, stop in affine.row_parts(n, k)]
+        columns = [_pack(source.codes(start, stop).T) for start, stop in row_parts(n, k)]
         tensors = {
             "qweight": torch.cat(columns, 1),
             "qzeros": _pack(source.zero.T.to(torch.uint8)),

@@ -13,6 +13,7 @@ from fastweights.quantization.formats import affine
 from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.check import Tensors, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["LLMInt8"]
 
@@ -69,8 +70,7 @@ class LLMInt8:
             activation: see `fastweights.quantize`.
 
         Raises:
-            ValueError: tensors that do not go together, values out of range, a code of -128 under
-                activation "int8".
+            ValueError: tensors that do not go together, values out of range.
         """
         found = Tensors(_FORMAT, tensors, name)
         weight = found.take("weight", [torch.int8], [None, None], "[N, in_features]")
@@ -108,7 +108,7 @@ class LLMInt8:
             raise ValueError(f"{_FORMAT}: expected a symmetric weight, got other zero points")
         if source.order is not None:
             raise ValueError(f"{_FORMAT}: expected inputs in their own order, got another")
-        rows = [source.codes(start, stop) for start, stop in affine.row_parts(n, k)]
+        rows = [source.codes(start, stop) for start, stop in row_parts(n, k)]
         tensors = {
             "weight": (torch.cat(rows) ^ _ZERO).view(torch.int8),
             "SCB": (source.scale.double() * 127).float()[:, 0],

@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["CompressedTensors"]
 
@@ -115,8 +116,7 @@ class CompressedTensors:
             activation: see `fastweights.quantize`.
 
         Raises:
-            ValueError: tensors that do not go together, values out of range, a code of -128 with
-                8 bits under activation "int8".
+            ValueError: tensors that do not go together, values out of range.
         """
         found = Tensors(_FORMAT, tensors, name)
         packed = found.take("weight_packed", [torch.int32], [None, None], "[N, words]")
@@ -153,7 +153,7 @@ class CompressedTensors:
         """
         source = affine.from_layer(_FORMAT, layer, self.bits, self.group_size)
         n, k = source.shape
-        rows = [self._pack(source.codes(start, stop)) for start, stop in affine.row_parts(n, k)]
+        rows = [self._pack(source.codes(start, stop)) for start, stop in row_parts(n, k)]
         tensors = {
             "weight_packed": torch.cat(rows),
             "weight_shape": torch.tensor([n, k]),

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.tensor import STRIP, QuantizedTensor
-from fastweights.quantization.formats.affine import pack_rows, row_parts
+from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.layout import unpack_stored
+from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.formats.check import broken
-from fastweights.quantization.formats.gguf_blocks import FLOATS, TYPES, Blocks
+from fastweights.quantization.formats.gguf_blocks import FLOATS, TYPES, Blocks, TensorType
+from fastweights.quantization.formats.rows import pack_rows, row_parts, rows_of
 
 __all__ = ["GGUF", "GGUFTensor", "GGUFValue", "read_gguf", "write_gguf"]
 
@@ -27,7 +28,6 @@ _VERSIONS = (2, 3)
 _MOST = 1 << 31  # of any dimension
 _MOST_DIMS = 4
 _ALIGNMENT = "general.alignment"
-_BLOCK = 32
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {
@@ -99,24 +99,20 @@ class GGUFTensor:
     def _pack(
         self, blocks: Blocks, data: Tensor, rows: Tensor | None, activation: str
     ) -> QuantizedTensor:
-        n, k = self.shape
         size = TYPES[self.type].bytes
-        scale, minimum = torch.empty(2, n, k // _BLOCK, dtype=torch.float16).unbind(0)
+        largest = max(map(abs, FORMATS[blocks.format].levels))
 
-        def part(start: int, stop: int) -> Tensor:
+        def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
             taken = data[start:stop] if rows is None else data[rows[start:stop]]
-            codes, scale[start:stop], minimum[start:stop] = blocks.read(
-                taken.unflatten(1, (-1, size))
-            )
-            if not bool((scale[start:stop].isfinite() & minimum[start:stop].isfinite()).all()):
+            codes, parameters = blocks.read(taken.unflatten(1, (-1, size)))
+            if not all(bool((p.float() * largest).isfinite().all()) for p in parameters):
                 raise self._error("finite scales and minima", "an infinite or NaN one")
-            if activation == "int8" and blocks.format == "int8" and bool((codes == -128).any()):
-                raise self._error(
-                    "codes of at least -127 for int8 activations", "-128 (use 'float')"
-                )
-            return codes.flatten(1)
+            groups = codes.unflatten(2, (-1, blocks.group_size)).flatten(1, 2)
+            shape = (*codes.shape[:2], groups.shape[1] // codes.shape[1])
+            return groups, [p.expand(shape).flatten(1) for p in parameters]
 
-        return pack_rows(blocks.format, (n, k), _BLOCK, activation, part, scale, minimum)
+        n, k = self.shape
+        return pack_rows(blocks.format, (n, k), blocks.group_size, activation, part)
 
     def _error(self, rule: str, came: object) -> ValueError:
         return _error(self.name, rule, came)
@@ -134,24 +130,20 @@ class GGUFTensor:
         Raises:
             ValueError: a type that is not written here, or one that does not hold the tensor.
         """
-        kind = next((i for i, t in TYPES.items() if t.name == type_name), None)
-        blocks = None if kind is None else TYPES[kind].blocks
+        kind, form = next(
+            ((i, t) for i, t in TYPES.items() if t.name == type_name), (-1, TensorType("", 1, 1))
+        )
         if kind in FLOATS and isinstance(tensor, Tensor) and tensor.dtype == FLOATS[kind]:
             shape = tuple(tensor.shape)
             rows = tensor.detach().contiguous().view(-1, shape[-1])
             return cls(name, kind, shape, rows.view(torch.uint8).numpy())
-        if blocks is None or not isinstance(tensor, QuantizedTensor):
+        if form.blocks is None or not isinstance(tensor, QuantizedTensor):
             came = tensor.dtype if isinstance(tensor, Tensor) else tensor
             raise _error(name, f"a tensor that is {type_name}", came)
-        if tensor.format != blocks.format or tensor.shape[1] % _BLOCK:
-            raise _error(
-                name,
-                f"{blocks.format} with inputs in multiples of {_BLOCK} for {type_name}",
-                tensor,
-            )
-        assert kind is not None
-        data = _blocks_of(name, tensor, type_name, blocks)
-        return cls(name, kind, tensor.shape, data.numpy())
+        if tensor.format != form.blocks.format or tensor.shape[1] % form.weights:
+            rule = f"{form.blocks.format} with inputs in multiples of {form.weights}"
+            raise _error(name, f"{rule} for {type_name}", tensor)
+        return cls(name, kind, tensor.shape, _blocks_of(name, tensor, form, form.blocks).numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,24 +386,22 @@ def _packed_value(value: GGUFValue) -> bytes:
     return head + b"".join(pack(item) for item in items)
 
 
-def _blocks_of(name: str, weight: QuantizedTensor, type_name: str, blocks: Blocks) -> Tensor:
+def _blocks_of(name: str, weight: QuantizedTensor, type_: TensorType, blocks: Blocks) -> Tensor:
     """The bytes of a packed weight ``[N, bytes per row]``; a larger group is as many blocks."""
     n, k = weight.shape
-    repeat = weight.group_size // _BLOCK
+    repeat = weight.group_size // blocks.group_size
     parts = []
     for start, stop in row_parts(n, k):
-        strips = weight.packed[start // STRIP : -(-stop // STRIP)]
-        part = QuantizedTensor(strips, weight.format, (stop - start, k), weight.group_size, "float")
-        codes, scale, minimum = reference.unpack(part)
-        codes = codes.to(torch.int8 if weight.format == "int8" else torch.uint8)
-        codes = codes.flatten(1)[:, :k].unflatten(1, (-1, _BLOCK))
-        scale, minimum = (
-            t[..., 0].half().repeat_interleave(repeat, 1)[:, : k // _BLOCK]
-            for t in (scale, minimum)
-        )
-        if not blocks.fits(codes, scale, minimum):
-            raise _error(name, f"a weight that {type_name} holds", "other codes or minima")
-        parts.append(blocks.write(codes, scale, minimum).flatten(1))
+        codes, stored = unpack_stored(rows_of(weight, start, stop))
+        codes = codes.flatten(1)[:, :k].unflatten(1, (-1, type_.weights))
+        groups = type_.weights // blocks.group_size
+        parameters = [
+            p.repeat_interleave(repeat, 1)[:, : k // blocks.group_size].unflatten(1, (-1, groups))
+            for p in stored
+        ]
+        if not blocks.fits(parameters):
+            raise _error(name, f"a weight that {type_.name} holds", "other minima")
+        parts.append(blocks.write(codes, parameters).flatten(1))
     return torch.cat(parts)
 
 

@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["GPTQ"]
 
@@ -91,8 +92,7 @@ class GPTQ:
             activation: see `fastweights.quantize`.
 
         Raises:
-            ValueError: tensors that do not go together, values out of range, a code of -128 with
-                8 bits under activation "int8".
+            ValueError: tensors that do not go together, values out of range.
         """
         found = Tensors(_FORMAT, tensors, name)
         qweight = found.take("qweight", [torch.int32], [None, None], "[in_features * bits / 32, N]")
@@ -140,7 +140,7 @@ class GPTQ:
             )
         columns = [
             as_words(pack_bits(source.codes(start, stop), self.bits)).T
-            for start, stop in affine.row_parts(n, k)
+            for start, stop in row_parts(n, k)
         ]
         zero = source.zero.T.to(torch.uint8)
         if self.version == 1:

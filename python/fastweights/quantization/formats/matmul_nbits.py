@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["MatMulNBits"]
 
@@ -103,8 +104,7 @@ class MatMulNBits:
             activation: see `fastweights.quantize`.
 
         Raises:
-            ValueError: tensors that do not go together, values out of range, a code of -128 with
-                8 bits under activation "int8".
+            ValueError: tensors that do not go together, values out of range.
         """
         found = Tensors(_FORMAT, tensors, name)
         n, k, blocks = self.out_features, self.in_features, self._blocks
@@ -157,7 +157,7 @@ class MatMulNBits:
         missing = blocks * self.block_size - k
         rows = [
             pack_bits(pad(source.codes(start, stop), (0, missing)), self.bits)
-            for start, stop in affine.row_parts(n, k)
+            for start, stop in row_parts(n, k)
         ]
         tensors = {
             "B": torch.cat(rows).view(n, blocks, -1),
