@@ -121,8 +121,12 @@ FOLDERS = {
             }}},
         },
     ),
-    "bitsandbytes": (
+    "LLM.int8": (
         layers.llm_int8(16, 64), {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    ),
+    "NF4": (
+        layers.bits_and_bytes(16, 64, nested=True),
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     ),
 }  # fmt: skip
 

@@ -148,13 +148,18 @@ def _read_layers(
     dequantize: bool,
 ) -> set[str]:
     """Puts the quantized layers, whose tensors are taken out of `tensors`."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {
+        name: {} for name, module in model.named_modules() if type(module) is nn.Linear
+    }
     for name, tensor in tensors.items():
-        owner, _, part = name.rpartition(".")
-        parts.setdefault(owner, {})[part] = tensor
+        owner = name
+        while owner and owner not in parts:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            parts[owner][name[len(owner) + 1 :]] = tensor
     done: set[str] = set()
-    for name in [n for n, m in model.named_modules() if type(m) is nn.Linear]:
-        if form.key in (own := parts.get(name, {})):
+    for name, own in parts.items():
+        if form.key in own:
             layer = form.read(own, name, activation=activation)
             done |= put_layer(model, name, layer, dtype, dequantize)
             for part in own:

@@ -12,7 +12,7 @@ from fastweights.ops.quantization.formats import FORMATS, STRIP, Format
 from fastweights.ops.quantization.tensor import QuantizedTensor, packed_shape
 
 __all__ = [
-    "e8m0", "pack", "pack_six_bits", "pack_stored", "unpack", "unpack_parameters",
+    "e8m0", "pack", "pack_six_bits", "pack_stored", "unpack", "unpack_codes", "unpack_parameters",
     "unpack_six_bits", "unpack_stored", "with_codes",
 ]  # fmt: skip
 
@@ -68,7 +68,7 @@ def pack_stored(
 
 def unpack(qt: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[N, G, g]`` (uint8), scale and minimum ``[N, G, 1]`` (float32)."""
-    return _codes(qt), *unpack_parameters(qt)
+    return unpack_codes(qt), *unpack_parameters(qt)
 
 
 def unpack_parameters(qt: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +78,18 @@ def unpack_parameters(qt: QuantizedTensor) -> tuple[Tensor, Tensor]:
     return _from_bundles(scale, qt)[..., None], _from_bundles(minimum, qt)[..., None]
 
 
-def unpack_stored(qt: QuantizedTensor) -> tuple[Tensor, list[Tensor]]:
-    """Inverse of `pack_stored`: codes ``[N, G, g]``, parameters ``[N, G]``, floats in float32."""
+def unpack_stored(qt: QuantizedTensor) -> list[Tensor]:
+    """The parameters that `pack_stored` was given, floats in float32."""
     parts = _unpack_stored(_stored(qt), FORMATS[qt.format])
-    return _codes(qt), [_from_bundles(part, qt) for part in parts]
+    return [_from_bundles(part, qt) for part in parts]
+
+
+def unpack_codes(qt: QuantizedTensor) -> Tensor:
+    """Codes ``[N, G, g]``, uint8."""
+    form = FORMATS[qt.format]
+    lines = _bundles(qt)[..., : -form.parameter_bytes].unflatten(2, (form.bundle, -1))
+    codes = _unpack_lines(lines.flatten(1, 2)[:, : _groups(qt)], form.bits)
+    return codes.flatten(0, 1)[: qt.shape[0]]
 
 
 def with_codes(qt: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
@@ -104,14 +112,6 @@ def _bundles(qt: QuantizedTensor) -> Tensor:
 def _stored(qt: QuantizedTensor) -> Tensor:
     """Bytes of the parameters ``[S, bundles, bytes]``."""
     return _bundles(qt)[..., -FORMATS[qt.format].parameter_bytes :]
-
-
-def _codes(qt: QuantizedTensor) -> Tensor:
-    """Codes ``[N, G, g]``."""
-    form = FORMATS[qt.format]
-    lines = _bundles(qt)[..., : -form.parameter_bytes].unflatten(2, (form.bundle, -1))
-    codes = _unpack_lines(lines.flatten(1, 2)[:, : _groups(qt)], form.bits)
-    return codes.flatten(0, 1)[: qt.shape[0]]
 
 
 def _to_strips(t: Tensor) -> Tensor:
@@ -217,7 +217,8 @@ def _unpack_stored(stored: Tensor, form: Format) -> tuple[Tensor, ...]:
     if form.parameters in ("scale+minimum", "scale+zero", "scale+zero float32"):
         wide = form.parameters.endswith("float32")
         rows = stored.contiguous().view(torch.float32) if wide else _halves(stored)
-        return rows.unflatten(2, (2, 1, STRIP)).unbind(2)
+        first, second = rows.unflatten(2, (2, 1, STRIP)).unbind(2)
+        return first, second
     if form.parameters == "e8m0":
         return (e8m0(stored.unflatten(2, (-1, STRIP))),)
     if form.parameters == "float32":

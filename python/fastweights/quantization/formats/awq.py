@@ -53,7 +53,7 @@ class AWQ:
     key = "qweight"
 
     def __post_init__(self) -> None:
-        affine.group_width(_FORMAT, self.group_size, 32)
+        affine.group_width(_FORMAT, _BITS, self.group_size, 32)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AWQ:
@@ -87,7 +87,7 @@ class AWQ:
         found = Tensors(_FORMAT, tensors, name)
         qweight = found.take("qweight", [torch.int32], [None, None], "[in_features, N / 8]")
         k, n = qweight.shape[0], qweight.shape[1] * 8
-        groups = affine.group_count(_FORMAT, self.group_size, k)
+        groups = affine.group_count(_FORMAT, _BITS, self.group_size, k)
         qzeros = found.take("qzeros", [torch.int32], [groups, n // 8], "[groups, N / 8]")
         scales = found.take_finite("scales", affine.FLOATS, [groups, n], "[groups, N]")
         bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastweights.ops.quantization.formats import FORMATS
-from fastweights.ops.quantization.layout import unpack_stored
+from fastweights.ops.quantization.layout import unpack_codes, unpack_stored
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.formats.check import broken
 from fastweights.quantization.formats.gguf_blocks import FLOATS, TYPES, Blocks, TensorType
@@ -392,12 +392,12 @@ def _blocks_of(name: str, weight: QuantizedTensor, type_: TensorType, blocks: Bl
     repeat = weight.group_size // blocks.group_size
     parts = []
     for start, stop in row_parts(n, k):
-        codes, stored = unpack_stored(rows_of(weight, start, stop))
-        codes = codes.flatten(1)[:, :k].unflatten(1, (-1, type_.weights))
+        part = rows_of(weight, start, stop)
+        codes = unpack_codes(part).flatten(1)[:, :k].unflatten(1, (-1, type_.weights))
         groups = type_.weights // blocks.group_size
         parameters = [
             p.repeat_interleave(repeat, 1)[:, : k // blocks.group_size].unflatten(1, (-1, groups))
-            for p in stored
+            for p in unpack_stored(part)
         ]
         if not blocks.fits(parameters):
             raise _error(name, f"a weight that {type_.name} holds", "other minima")

@@ -65,8 +65,8 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
-    low, high = codes.unflatten(-1, (2, -1)).unbind(-2)
-    return low | (high << 4)
+    halves: tuple[Tensor, ...] = codes.unflatten(-1, (2, -1)).unbind(-2)
+    return halves[0] | (halves[1] << 4)
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:

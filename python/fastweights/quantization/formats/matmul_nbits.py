@@ -36,7 +36,7 @@ class MatMulNBits:
         in_features: the node's K.
         out_features: the node's N.
         bits: 2, 4 or 8.
-        block_size: inputs per scale; 16, which the operator has too, cannot be packed.
+        block_size: inputs per scale, a power of two from 16.
         zero_points: None, "packed" or "float".
         flat: scales and zero points have one dimension, as in older files.
 
@@ -67,7 +67,7 @@ class MatMulNBits:
             raise ValueError(
                 f"{_FORMAT}: block_size: expected a power of two, got {self.block_size}"
             )
-        affine.group_width(_FORMAT, self.block_size, self.in_features)
+        affine.group_width(_FORMAT, self.bits, self.block_size, self.in_features)
         if self.zero_points not in (None, "packed", "float"):
             raise ValueError(
                 f"{_FORMAT}: zero_points: expected None, packed or float, got {self.zero_points!r}"
