@@ -72,7 +72,7 @@ def load(
     """Opens a model folder of `save`, `save_pretrained` or Hugging Face, a GGUF or an ONNX file.
 
     Quantized checkpoints keep their codes: folders of GPTQ, AWQ, compressed-tensors and
-    bitsandbytes (8 bits), GGUF files and ONNX exports have `fastweights.nn.QuantizedLinear` where
+    bitsandbytes, GGUF files and ONNX exports have `fastweights.nn.QuantizedLinear` where
     they have a quantized layer (docs/checkpoints.md lists what is read). Nothing in a folder is
     executed: no remote code, no pickle. Sums written by `save` are verified.
 
