@@ -192,3 +192,10 @@ def test_damaged_folders(tmp_path, tokenizer):
         change_config(tmp_path, quantization_config=config)
         with pytest.raises(ValueError, match=message):
             fw.load(tmp_path)
+
+
+def test_a_config_of_layers_without_end(tmp_path, tokenizer):
+    write(tmp_path, "gptq", tokenizer)
+    change_config(tmp_path, num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match="load: expected num_hidden_layers of at most"):
+        fw.load(tmp_path)

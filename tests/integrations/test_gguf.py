@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastweights as fw
+from checkpoint_layers import LargestFloat
 from fastweights.demo.model import smollm2
 from fastweights.integrations.gguf import load_gguf, load_packed_gguf
 from fastweights.nn import QuantizedEmbedding, QuantizedLinear
@@ -22,7 +23,7 @@ def shapes(dim):
     }  # fmt: skip
 
 
-MIXED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")
+MIXED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "MXFP4")
 
 
 def write(path, architecture="llama", types=("Q8_0",), *, tied=False, embedding="Q8_0", dim=DIM):
@@ -115,6 +116,16 @@ def test_saved_and_opened_again(embedding, tmp_path):
     again, _ = fw.load(tmp_path / "b")
     x = tokens(2, 30)
     assert torch.equal(again(x).logits, model(x).logits)
+
+
+def test_no_float_copy_is_made(tmp_path):
+    path = write(tmp_path / "a.gguf", types=("Q4_0",))
+    with LargestFloat() as watch:
+        fw.load(path)
+    assert 0 < watch.elements <= VOCABULARY * HIDDEN // 8
+    with LargestFloat() as watch:
+        fw.load(path, dequantize=True)
+    assert watch.elements >= INNER * HIDDEN
 
 
 def test_settings(tmp_path):

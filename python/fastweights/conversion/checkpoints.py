@@ -39,17 +39,31 @@ def load_checkpoint(
     config = AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = empty_model(config, dtype)
     tensors = read_tensors(source)
+    model = empty_model(config, dtype, len(tensors))
     done = _read_layers(model, form, tensors, dtype, activation, dequantize)
     fill_model(source, model, tensors, dtype, done)
     return model
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """A causal language model whose parameters take no memory yet."""
+def empty_model(config: Any, dtype: torch.dtype, tensors: int) -> Any:
+    """A causal language model whose parameters take no memory yet.
+
+    Args:
+        config: of transformers.
+        dtype: of its parameters.
+        tensors: how many the checkpoint has, so that no config asks for a model without end.
+
+    Raises:
+        ValueError: more layers than tensors.
+    """
     from transformers import AutoModelForCausalLM
 
+    if (layers := getattr(config, "num_hidden_layers", 0)) > tensors:
+        raise ValueError(
+            f"load: expected num_hidden_layers of at most {tensors}, as many as there are tensors, "
+            f"got {layers}"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for module in model.modules():

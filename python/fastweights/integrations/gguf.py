@@ -97,7 +97,7 @@ def load_packed_gguf(
     source = Path(path)
     file = _open(source)
     try:
-        model = empty_model(config_of(file), dtype)
+        model = empty_model(config_of(file), dtype, len(file.tensors))
         _fill(source, file, model, dtype, activation)
     except ValueError as error:
         raise ValueError(f"load_gguf: {source}: {error}") from error

@@ -49,7 +49,7 @@ def load_onnx(
     from transformers import AutoConfig
 
     file = read_onnx(path)
-    model = empty_model(AutoConfig.from_pretrained(config), dtype)
+    model = empty_model(AutoConfig.from_pretrained(config), dtype, len(file.tensors))
     plain = _plain(file, model)
     linears = {n for n, m in model.named_modules() if type(m) is nn.Linear}
     done: set[str] = set()
