@@ -89,6 +89,7 @@ endef
 SITE = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 with-package = env PYTHONPATH=$(CURDIR)/build/$(1)/package:$(SITE) $(2) $(PY) -S -m pytest -p no:cacheprovider
 GENERIC := tests/test_ops.py tests/core/test_gemm.py tests/core/test_vmath.py
+FUZZ := tests/quantization/test_formats_fuzz.py
 
 # $(call self-test,NAME,CMAKE OPTIONS): the kernels without torch, built in build/NAME and run.
 define self-test
@@ -103,7 +104,7 @@ SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print
 HERE = $$($(PY) -c "from fastweights.testing import available_cpu_levels; print(len(available_cpu_levels()))")
 asan: build
 	$(call package,asan,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=$(HERE))
-	$(call with-package,asan,$(SANITIZERS)) $(GENERIC) -k "not compiles and not opcheck and not float64"
+	$(call with-package,asan,$(SANITIZERS)) $(GENERIC) $(FUZZ) -k "not compiles and not opcheck and not float64"
 	$(call self-test,asan-self,-DFASTWEIGHTS_SANITIZE=ON -DFASTWEIGHTS_LEVELS=1)
 
 wide: build

@@ -1,6 +1,12 @@
 """Layers of checkpoints with random bits throughout, and bit streams read one code at a time."""
 
+import json
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastweights.functional import dynamic_map
+from fastweights.ops.quantization.formats import FORMATS
 
 
 def int32(*values):
@@ -19,17 +25,19 @@ def bit_stream(words, bits):
 
 
 def same(a, b):
+    """To the bit, NaN among bytes that are stored as floats too."""
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        ours, theirs = (t.contiguous().view(-1).view(torch.uint8) for t in (a[name], b[name]))
+        assert torch.equal(ours, theirs), name
 
 
 def check_values(layer, expected, steps, bits):
-    """Within what the layer says, which is what float16 may do to a minimum."""
+    """Float16 parameters are exact; of float32 ones, ``scale * zero`` is rounded once."""
     change = (layer.dequantize(torch.float64) - expected).abs() / steps
-    assert change.max() <= layer.error * 1.0001
-    roundings = 1 if layer.scale is None else 2
-    assert layer.error <= roundings * 2**-11 * 2**bits
+    exact = layer.weight.format.endswith("_zp")
+    assert change.max() <= (0 if exact else 2.0 ** (bits - 24))
 
 
 def gptq(n=64, k=128, bits=4, group=32, act_order=False, bias=True, seed=0, dtype=torch.float16):
@@ -85,3 +93,71 @@ def compressed_tensors(
         g_idx = (torch.arange(k) // group).to(torch.int32)
         tensors["weight_g_idx"] = g_idx[torch.randperm(k, generator=g)]
     return tensors
+
+
+def llm_int8(n=48, k=96, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "weight": torch.randint(-127, 128, (n, k), generator=g).to(torch.int8),
+        "SCB": torch.rand(n, generator=g) + 0.01,
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
+def bits_and_bytes(n=48, k=96, kind="nf4", block=64, *, nested=False, storage=torch.uint8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    blocks = -(-n * k // block)
+    state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [n, k]}
+    weight = torch.randint(256, (n * k // 2, 1), generator=g).to(torch.uint8)
+    tensors = {
+        "weight": weight.view(-1, storage.itemsize).view(storage),
+        "weight.absmax": torch.rand(blocks, generator=g) + 0.01,
+        "weight.quant_map": torch.tensor(FORMATS[kind].levels),
+    }
+    if nested:
+        nbs = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.0625}
+        state |= nbs
+        tensors["weight.absmax"] = torch.randint(256, (blocks,), generator=g).to(torch.uint8)
+        tensors["weight.nested_absmax"] = torch.rand(-(-blocks // 256), generator=g)
+        tensors["weight.nested_quant_map"] = dynamic_map(True)
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors | {f"weight.quant_state.bitsandbytes__{kind}": text}
+
+
+def onnx(n=24, k=100, bits=4, block=32, zero_points=None, flat=False, dtype=torch.float16, seed=0):
+    """Inputs of a MatMulNBits node, filled up as by onnxruntime's quantizer."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = -(-k // block)
+    each = 8 // bits
+
+    def pack(codes, fill=0):
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each), value=fill)
+        words = padded.unflatten(1, (-1, each)) << torch.arange(0, 8, bits)
+        return words.sum(-1).to(torch.uint8)
+
+    zeros = torch.randint(1 << bits, (n, blocks), generator=g)
+    if zero_points is None:
+        zeros[:] = 1 << (bits - 1)
+    codes = torch.randint(1 << bits, (n, blocks * block), generator=g)
+    floats = zeros + 0.5
+    codes[:, k:] = 0
+    shape = (-1,) if flat else (n, -1)
+    scales = (torch.rand(n, blocks, generator=g) * 0.01 + 0.001).to(dtype)
+    tensors = {"B": pack(codes).view(n, blocks, -1), "scales": scales.view(shape)}
+    if zero_points == "packed":
+        tensors["zero_points"] = pack(zeros, 1 << (bits - 1)).view(shape)
+    if zero_points == "float":
+        tensors["zero_points"] = floats.to(dtype).view(shape)
+    return tensors
+
+
+class LargestFloat(TorchDispatchMode):
+    """Elements of the largest floating-point result of any operation."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and not result.is_meta:
+            self.elements = max(self.elements, result.numel())
+        return result

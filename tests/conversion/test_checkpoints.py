@@ -6,12 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint_layers as layers
 import fastweights as fw
 from fastweights.nn import QuantizedLinear
-from fastweights.quantization.formats import AWQ, GPTQ, CompressedTensors
+from fastweights.quantization.formats import (
+    AWQ,
+    GPTQ,
+    BitsAndBytes4Bit,
+    CompressedTensors,
+    LLMInt8,
+)
 
 from .conftest import random_tokens, tiny
 
@@ -47,6 +52,16 @@ KINDS = {
         CompressedTensors(4, 32, symmetric=False),
         lambda n, k, seed: layers.compressed_tensors(n, k, symmetric=False, seed=seed),
         compressed_config(4, symmetric=False),
+    ),
+    "LLM.int8": (
+        LLMInt8(),
+        lambda n, k, seed: layers.llm_int8(n, k, seed),
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    ),
+    "NF4": (
+        BitsAndBytes4Bit("nf4"),
+        lambda n, k, seed: layers.bits_and_bytes(n, k, nested=True, seed=seed),
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     ),
 }
 
@@ -98,7 +113,7 @@ def test_a_folder_is_opened_and_runs(kind, architecture, tmp_path, tokenizer):
         assert fw.generate(model, ["w5 w9"], tokenizer=words, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("kind", ["gptq act-order", "awq"])
+@pytest.mark.parametrize("kind", ["gptq act-order", "awq", "NF4"])
 def test_it_is_saved_and_opened_again(kind, tmp_path, tokenizer):
     write(tmp_path / "a", kind, tokenizer, tie_word_embeddings=True)
     model, words = fw.load(tmp_path / "a", activation="float")
@@ -136,25 +151,13 @@ def test_the_old_place_of_gptq_settings(tmp_path, tokenizer):
     )
 
 
-class LargestFloat(TorchDispatchMode):
-    """Elements of the largest floating-point result of any operation."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        if isinstance(result, torch.Tensor) and result.is_floating_point() and not result.is_meta:
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 def test_no_float_copy_is_made(tmp_path, tokenizer):
     twin = write(tmp_path, "gptq", tokenizer, intermediate_size=512)
-    with LargestFloat() as watch:
+    with layers.LargestFloat() as watch:
         fw.load(tmp_path)
     assert watch.elements == twin.lm_head.weight.numel()
     assert twin.model.layers[0].mlp.up_proj.weight.numel() > 5 * watch.elements
-    with LargestFloat() as watch:
+    with layers.LargestFloat() as watch:
         fw.load(tmp_path, dequantize=True)
     assert watch.elements == twin.model.layers[0].mlp.up_proj.weight.numel()
 
@@ -189,3 +192,10 @@ def test_damaged_folders(tmp_path, tokenizer):
         change_config(tmp_path, quantization_config=config)
         with pytest.raises(ValueError, match=message):
             fw.load(tmp_path)
+
+
+def test_a_config_of_layers_without_end(tmp_path, tokenizer):
+    write(tmp_path, "gptq", tokenizer)
+    change_config(tmp_path, num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match="load: expected num_hidden_layers of at most"):
+        fw.load(tmp_path)

@@ -179,3 +179,9 @@ def test_layers_keep_their_own_masks():
     for first, *masks in seen:
         assert len(masks) >= 2
         assert all(mask is first or torch.equal(mask, first) for mask in masks)
+
+
+def test_a_format_without_a_grid_is_refused():
+    w = torch.randn(16, 64)
+    with pytest.raises(ValueError, match=r"gptq: expected format in .*'int4', .* got 'nf4'"):
+        gptq(w, torch.eye(64), "nf4")

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
     started = time.monotonic()
     say(f"loading {source}")
-    model, tokenizer = fw.load(source)
+    model, tokenizer = fw.load(source, dequantize=True)
     fw.linearize(model, options.recipe, window=options.window)
     stages: dict[str, Any] = {}
     if options.minutes:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastweights.conversion.files import check_tensors, read_tensors
-from fastweights.ops.quantization.layers import QuantizedLinear
+from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.registry import Format, format_of
 
-__all__ = ["empty_model", "fill_model", "load_checkpoint", "put_layer"]
+__all__ = ["empty_model", "fill_model", "load_checkpoint", "put_embedding", "put_layer"]
 
 
 def load_checkpoint(
@@ -38,17 +39,31 @@ def load_checkpoint(
     config = AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = empty_model(config, dtype)
     tensors = read_tensors(source)
+    model = empty_model(config, dtype, len(tensors))
     done = _read_layers(model, form, tensors, dtype, activation, dequantize)
     fill_model(source, model, tensors, dtype, done)
     return model
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """A causal language model whose parameters take no memory yet."""
+def empty_model(config: Any, dtype: torch.dtype, tensors: int) -> Any:
+    """A causal language model whose parameters take no memory yet.
+
+    Args:
+        config: of transformers.
+        dtype: of its parameters.
+        tensors: how many the checkpoint has, so that no config asks for a model without end.
+
+    Raises:
+        ValueError: more layers than tensors.
+    """
     from transformers import AutoModelForCausalLM
 
+    if (layers := getattr(config, "num_hidden_layers", 0)) > tensors:
+        raise ValueError(
+            f"load: expected num_hidden_layers of at most {tensors}, as many as there are tensors, "
+            f"got {layers}"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for module in model.modules():
@@ -90,6 +105,27 @@ def put_layer(
     return {f"{name}.{part}" for part in put.state_dict()}
 
 
+def put_embedding(model: Any, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> set[str]:
+    """Exchanges the embedding `name` of an empty model, and the linear layers tied to it.
+
+    Returns:
+        State-dict names that are there now.
+
+    Raises:
+        ValueError: another shape than the model's.
+    """
+    shape = tuple(model.get_submodule(name).weight.shape)
+    if shape != weight.shape:
+        raise ValueError(f"load: expected {name} of shape {list(shape)}, got {list(weight.shape)}")
+    ties = model.all_tied_weights_keys.items()
+    linears = [a.removesuffix(".weight") for a, b in ties if b == f"{name}.weight"]
+    for each in (name, *linears):
+        put = QuantizedLinear(weight) if each in linears else QuantizedEmbedding(weight, dtype)
+        parent, _, child = each.rpartition(".")
+        setattr(model.get_submodule(parent), child, put)
+    return {f"{each}.packed" for each in (name, *linears)}
+
+
 def fill_model(
     source: Path, model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, done: set[str]
 ) -> None:
@@ -111,7 +147,10 @@ def fill_model(
         for name, tensor in tensors.items()
     }
     model.load_state_dict(copies, strict=False, assign=True)
-    model.tie_weights()
+    floats = set(dict(model.named_parameters(remove_duplicate=False)))
+    ties = model.all_tied_weights_keys
+    if floats.issuperset([*ties.keys(), *ties.values()]):
+        model.tie_weights()
 
 
 def _read_layers(
@@ -123,13 +162,18 @@ def _read_layers(
     dequantize: bool,
 ) -> set[str]:
     """Puts the quantized layers, whose tensors are taken out of `tensors`."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {
+        name: {} for name, module in model.named_modules() if type(module) is nn.Linear
+    }
     for name, tensor in tensors.items():
-        owner, _, part = name.rpartition(".")
-        parts.setdefault(owner, {})[part] = tensor
+        owner = name
+        while owner and owner not in parts:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            parts[owner][name[len(owner) + 1 :]] = tensor
     done: set[str] = set()
-    for name in [n for n, m in model.named_modules() if type(m) is nn.Linear]:
-        if form.key in (own := parts.get(name, {})):
+    for name, own in parts.items():
+        if form.key in own:
             layer = form.read(own, name, activation=activation)
             done |= put_layer(model, name, layer, dtype, dequantize)
             for part in own:

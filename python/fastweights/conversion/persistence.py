@@ -69,15 +69,15 @@ def load(
     activation: str = "float",
     dequantize: bool = False,
 ) -> tuple[Any, Any]:
-    """Opens a model folder of `save`, `save_pretrained` or Hugging Face, or a GGUF file.
+    """Opens a model folder of `save`, `save_pretrained` or Hugging Face, a GGUF or an ONNX file.
 
-    Quantized checkpoints keep their codes: GPTQ, AWQ and compressed-tensors folders have
-    `fastweights.nn.QuantizedLinear` where they have a quantized layer (docs/checkpoints.md lists
-    what is read). Nothing in a folder is executed: no remote code, no pickle. Sums written by
-    `save` are verified.
+    Quantized checkpoints keep their codes: folders of GPTQ, AWQ, compressed-tensors and
+    bitsandbytes, GGUF files and ONNX exports have `fastweights.nn.QuantizedLinear` where
+    they have a quantized layer (docs/checkpoints.md lists what is read). Nothing in a folder is
+    executed: no remote code, no pickle. Sums written by `save` are verified.
 
     Args:
-        path: the folder or file.
+        path: the folder or file; a folder may hold one GGUF or ONNX file in place of safetensors.
         dtype: of the floating-point weights.
         activation: what quantized layers of such checkpoints do with their input, see
             `fastweights.quantize`.
@@ -92,38 +92,61 @@ def load(
     if activation not in ACTIVATIONS:
         raise ValueError(f"load: expected activation in {ACTIVATIONS}, got {activation!r}")
     source = Path(path)
-    if source.is_file():
-        from fastweights.integrations.gguf import load_gguf
-
-        return load_gguf(source, dtype=dtype)
     if not (source / "config.json").is_file():
+        source = _only(source, "*.gguf") or source
+    if source.is_file() and source.suffix != ".onnx":
+        from fastweights.integrations.gguf import load_gguf, load_packed_gguf
+
+        if dequantize:
+            return load_gguf(source, dtype=dtype)
+        return load_packed_gguf(source, dtype=dtype, activation=activation)
+    graph, folder = _graph(source)
+    if not (folder / "config.json").is_file():
         raise ValueError(
             f"load: expected a model folder with config.json or a GGUF file, got {source}"
         )
-    _verify(source)
+    _verify(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    raw = read_json(source / "config.json")
+    options: dict[str, Any] = {"dtype": dtype, "activation": activation, "dequantize": dequantize}
+    raw = read_json(folder / "config.json")
     quantization = raw.get("quantization_config")
-    if quantization is None and (source / _OLD_GPTQ).is_file():
-        quantization = {"quant_method": "gptq", **read_json(source / _OLD_GPTQ)}
+    if quantization is None and (folder / _OLD_GPTQ).is_file():
+        quantization = {"quant_method": "gptq", **read_json(folder / _OLD_GPTQ)}
     try:
         if "fastweights" in raw:
-            model = _load_converted(source, raw["fastweights"], dtype)
+            model = _load_converted(folder, raw["fastweights"], dtype)
+        elif graph is not None:
+            from fastweights.integrations.onnx import load_onnx
+
+            model = load_onnx(graph, folder, **options)
         elif quantization is not None:
-            model = load_checkpoint(
-                source, quantization, dtype=dtype, activation=activation, dequantize=dequantize
-            )
+            model = load_checkpoint(folder, quantization, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except ValueError:
         raise
     except Exception as error:  # what a damaged file makes transformers raise has no common type
         raise ValueError(
-            f"load: {source} is damaged or not supported: {first_line(error)}"
+            f"load: {folder} is damaged or not supported: {first_line(error)}"
         ) from error
     return model.eval(), tokenizer
+
+
+def _only(folder: Path, pattern: str) -> Path | None:
+    """The file in a folder that matches, if there is just one."""
+    files = sorted(folder.glob(pattern))
+    return files[0] if len(files) == 1 else None
+
+
+def _graph(source: Path) -> tuple[Path | None, Path]:
+    """The ONNX file, if that is what has the weights, and the folder with the config."""
+    if source.is_file():
+        folders = (source.parent, source.parent.parent)  # some lie in a folder of their own
+        return source, next((f for f in folders if (f / "config.json").is_file()), source.parent)
+    graph = None if any(source.glob("*.safetensors")) else _only(source, "*.onnx")
+    return graph, source
 
 
 def _load_converted(source: Path, description: Any, dtype: torch.dtype) -> Any:

@@ -95,7 +95,7 @@ class Pipeline:
 
     def _prepare(self) -> dict[str, int]:
         """The model as a folder, which opens faster than its GGUF file, and the text as tokens."""
-        model, tokenizer = load(smollm2())
+        model, tokenizer = load(smollm2(), dequantize=True)
         save(model, tokenizer, self.original)
         text = Text.of(tokenizer)
         text.save(self.text)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.functional import quantize
+from fastweights.ops.quantization.layout import unpack, with_codes
 from fastweights.ops.quantization.tensor import QuantizedTensor
 
 __all__ = ["gptq", "round_columns"]
@@ -36,7 +37,7 @@ def gptq(
         w: ``[N, K]``, finite.
         hessian: ``[K, K]``, ``X X^T`` of inputs X ``[K, tokens]`` in any scale; inputs that never
             occur have a zero on the diagonal.
-        format: see `fastweights.quantize`.
+        format: see `fastweights.quantize`; one whose levels are evenly spaced, such as "int4".
         group_size: see `fastweights.quantize`.
         activation: see `fastweights.quantize`.
         damping: of the Hessian, a share of the mean of its diagonal.
@@ -47,7 +48,7 @@ def gptq(
         QuantizedTensor, read as fast as any other.
 
     Raises:
-        ValueError: a Hessian of another shape or not finite.
+        ValueError: a Hessian of another shape or not finite, a format without a grid.
 
     Cost: N K² operations and a Cholesky factorisation of ``[K, K]`` in float64.
     """
@@ -56,20 +57,24 @@ def gptq(
         raise ValueError(
             f"gptq: expected a finite hessian of shape [{k}, {k}], got {list(hessian.shape)}"
         )
+    if format in FORMATS and not FORMATS[format].is_grid:
+        known = sorted(name for name, form in FORMATS.items() if form.is_grid)
+        raise ValueError(f"gptq: expected format in {known}, got {format!r}")
     grid = quantize(w, format, group_size=group_size, activation=activation)
-    codes, scale, minimum = reference.unpack(grid)
+    codes, scale, minimum = unpack(grid)
+    form = FORMATS[grid.format]
     groups = torch.arange(k, device=w.device) // grid.group_size
     rounded = round_columns(
         w.detach().float(),
         hessian,
         scale[..., 0][:, groups],
         minimum[..., 0][:, groups],
-        reference.CODES[format],
+        form.extent,
         damping=damping,
         act_order=act_order,
     )
-    codes.flatten(1)[:, :k] = rounded
-    return reference.pack(codes, scale, minimum, format, grid.shape, activation)
+    codes.flatten(1)[:, :k] = form.encode(rounded)
+    return with_codes(grid, codes)
 
 
 def round_columns(

@@ -38,13 +38,13 @@ def quantize_(
 
     Args:
         model: any module.
-        format: "int4" or "int8".
-        group_size: inputs per scale, a multiple of 32; None means 64.
+        format: see `fastweights.quantize`.
+        group_size: inputs per scale; None means the format's own.
         activation: "float" or "int8", see `fastweights.quantized_linear`.
         skip: names (a layer is skipped if its qualified name equals one or ends with "." + one), or
             a predicate ``skip(qualified_name, module)``.
-        embedding_format: "int8" or "int4" to quantize embeddings, and linear layers tied to them
-            whatever `skip` says of those.
+        embedding_format: "int8" or another format to quantize embeddings, and linear layers tied to
+            them whatever `skip` says of those.
 
     Returns:
         The model.

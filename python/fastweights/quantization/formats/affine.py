@@ -1,35 +1,30 @@
 """Codes with a scale and a zero point per group, as most checkpoints have them: packed and back.
 
-In the file ``W = scale * (code - zero)`` with unsigned codes; packed ``W = scale * code + minimum``
-with both parameters in float16. A zero point of 0, 1, 2, 4, 8 (all symmetric files) gives an exact
-minimum, any other one that is rounded by up to ``2**-11`` of itself.
+``W = scale * (code - zero)``, which the packed formats with zero points hold as it is: in float16
+where that is exact, else in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.tensor import STRIP, QuantizedTensor, packed_shape
+from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.layout import unpack_codes, unpack_stored
 from fastweights.quantization.formats.check import Tensors
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import pack_rows, rows_of
 
 __all__ = [
-    "FLOATS", "Affine", "container", "from_layer", "group_count", "group_width", "input_groups",
-    "input_order", "pack_rows", "row_parts", "to_layer",
+    "FLOATS", "Affine", "from_layer", "group_count", "group_width", "input_groups", "input_order",
+    "to_layer",
 ]  # fmt: skip
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_AT_ONCE = 1 << 22  # weights of a part: what a layer needs beside its packed form
-_LARGEST_GROUP = 1 << 16
-_LARGEST_SCALE = 65504.0
-# What float16 may do to a weight: an eighth of its step, or, in groups of tiny scale, 2**-10 of the
-# tensor's largest weight.
-_STEP, _LARGEST = 1 / 8, 2**-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,29 +53,26 @@ class Affine:
     bias: Tensor | None = None
 
 
-def container(bits: int) -> tuple[str, int]:
-    """Format of the packed weight that holds codes of `bits`, and what is subtracted from them."""
-    return ("int4", 0) if bits <= 4 else ("int8", 1 << (bits - 1))
-
-
-def group_width(format: str, group_size: int, inputs: int) -> int:
+def group_width(format: str, bits: int, group_size: int, inputs: int) -> int:
     """Inputs per group of the packed weight: `group_size`, or all of them for -1.
 
     Raises:
         ValueError: a group size that the packed weight does not have.
     """
     width = -(-inputs // 32) * 32 if group_size == -1 else group_size
-    if width < 1 or width % 32 or width > _LARGEST_GROUP:
+    packed = FORMATS[f"{_integers(bits)}_zp"]
+    if not packed.accepts(width):
+        fewer = ", or 16," if packed.small_group else ""
         raise ValueError(
-            f"{format}: group_size: expected -1 or a multiple of 32 up to {_LARGEST_GROUP}, "
-            f"got {group_size} for {inputs} inputs"
+            f"{format}: group_size: expected -1, a multiple of 32{fewer} up to 65536 for {bits} "
+            f"bits, got {group_size} for {inputs} inputs"
         )
     return width
 
 
-def group_count(format: str, group_size: int, inputs: int) -> int:
+def group_count(format: str, bits: int, group_size: int, inputs: int) -> int:
     """Groups of the inputs of one output."""
-    return -(-inputs // group_width(format, group_size, inputs))
+    return -(-inputs // group_width(format, bits, group_size, inputs))
 
 
 def input_order(tensors: Tensors, name: str, g_idx: Tensor, group_size: int) -> Tensor | None:
@@ -113,43 +105,9 @@ def input_order(tensors: Tensors, name: str, g_idx: Tensor, group_size: int) -> 
 def input_groups(format: str, source: Affine) -> Tensor:
     """The g_idx of a file: int32 ``[K]``, group of each input."""
     inputs = source.shape[1]
-    width = group_width(format, source.group_size, inputs)
+    width = group_width(format, source.bits, source.group_size, inputs)
     groups = torch.arange(inputs, dtype=torch.int32) // width
     return groups if source.order is None else groups[source.order.argsort()]
-
-
-def row_parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole strips, of a bounded number of weights each."""
-    step = max(1, _MOST_AT_ONCE // (STRIP * max(columns, 1))) * STRIP
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def pack_rows(
-    format: str,
-    shape: tuple[int, int],
-    width: int,
-    activation: str,
-    codes: Callable[[int, int], Tensor],
-    scale: Tensor,
-    minimum: Tensor,
-) -> QuantizedTensor:
-    """The packed weight of `codes(start, stop)` ``[rows, K]``, scale and minimum ``[N, G]``.
-
-    Codes are uint8 for "int4" and int8 for "int8"; scale and minimum are in float16's range.
-    """
-    n, k = shape
-    packed = torch.empty(packed_shape(format, n, k, width), dtype=torch.uint8)
-    for start, stop in row_parts(n, k):
-        groups = torch.nn.functional.pad(codes(start, stop), (0, -k % width)).unflatten(
-            1, (-1, width)
-        )
-        part = reference.pack(
-            groups, scale[start:stop, :, None], minimum[start:stop, :, None],
-            format, (stop - start, k), activation,
-        )  # fmt: skip
-        packed[start // STRIP : -(-stop // STRIP)] = part.packed
-    return QuantizedTensor(packed, format, shape, width, activation)
 
 
 def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
@@ -161,44 +119,33 @@ def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
         activation: see `fastweights.quantize`.
 
     Raises:
-        ValueError: float16 cannot hold the parameters, or a code that the kernels for int8
-            activations do not have.
+        ValueError: weights that are not finite.
     """
     n, k = source.shape
-    form, offset = container(source.bits)
-    width = group_width(tensors.format, source.group_size, k)
-    exact_scale, zero = source.scale.double(), source.zero.double()
-    scale = source.scale.half().double()
-    minimum = (exact_scale * (offset - zero)).half().double()
-    error = _check_rounding(tensors, source, exact_scale, zero, scale, minimum)
+    width = group_width(tensors.format, source.bits, source.group_size, k)
+    offset = _offset(source.bits)
+    scale, zero = source.scale.float(), source.zero.float()
+    for code in (0, (1 << source.bits) - 1):
+        if not bool((scale * (code - zero)).isfinite().all()):
+            raise tensors.error("weight", "scale * (code - zero) to be finite", "a larger one")
+    parameters = [scale, zero - offset]
+    exact = all(torch.equal(p.half().float(), p) for p in parameters)
 
-    def codes(start: int, stop: int) -> Tensor:
-        part = source.codes(start, stop)
+    def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
+        codes = source.codes(start, stop)
         if source.order is not None:
-            part = part[:, source.order]
-        if not offset:
-            return part
-        signed = (part ^ offset if source.bits == 8 else part - offset).view(torch.int8)
-        if activation == "int8" and bool((signed == -128).any()):
-            raise tensors.error(
-                "weight", "codes of at least -127 for int8 activations", "-128 (use 'float')"
-            )
-        return signed
+            codes = codes[:, source.order]
+        groups = pad(codes - offset, (0, -k % width)).unflatten(1, (-1, width))
+        return groups, [p[start:stop] for p in parameters]
 
-    weight = pack_rows(form, (n, k), width, activation, codes, scale, minimum)
-    return Layer(
-        weight=weight,
-        bits=source.bits,
-        bias=source.bias,
-        order=source.order,
-        scale_dtype=source.scale.dtype,
-        scale=None if torch.equal(scale, exact_scale) else source.scale.clone(),
-        zero=None if torch.equal(_zero(scale, minimum, offset), zero) else source.zero.clone(),
-        error=error,
-    )
+    format = f"{_integers(source.bits)}_zp{'' if exact else '32'}"
+    weight = pack_rows(format, (n, k), width, activation, part)
+    return Layer(weight, source.bias, source.order, source.scale.dtype)
 
 
-def from_layer(format: str, layer: Layer, bits: int, group_size: int) -> Affine:
+def from_layer(
+    format: str, layer: Layer, bits: int, group_size: int, *, integers: bool = True
+) -> Affine:
     """The layer as codes of `bits`, scale and zero point.
 
     Args:
@@ -206,90 +153,50 @@ def from_layer(format: str, layer: Layer, bits: int, group_size: int) -> Affine:
         layer: see `Layer`.
         bits: per code in the file to be written.
         group_size: of the file to be written; must be the layer's.
+        integers: zero points are codes; else any numbers.
 
     Raises:
-        ValueError: the layer has codes, groups or minima that the file cannot have.
+        ValueError: the layer has codes, groups, scales or zero points that the file cannot have.
     """
     weight = layer.weight
     n, k = weight.shape
-    form, offset = container(layer.bits)
-    if weight.format != form:
-        raise ValueError(f"{format}: expected a weight in {form}, got {weight.format}")
-    width = group_width(format, group_size, k)
+    kind, _, parameters = weight.format.partition("_")
+    if not kind.startswith("int") or parameters not in ("zp", "zp32", "sym"):
+        raise ValueError(
+            f"{format}: expected a weight with zero points (int4_zp and the like) or a symmetric "
+            f"one (int4_sym, int8_sym), got {weight.format}"
+        )
+    width = group_width(format, bits, group_size, k)
     if weight.group_size != width:
         raise ValueError(f"{format}: expected group_size {width}, got {weight.group_size}")
-    scale, minimum = parameters(weight)
-    zero = _zero(scale, minimum, offset) if layer.zero is None else layer.zero.double()
-    exact = scale if layer.scale is None else layer.scale.double()
-    if not torch.equal((exact * (offset - zero)).half().double(), minimum):
+    offset = _offset(bits) if kind == "int8" else 0
+    scale, *rest = unpack_stored(weight)
+    zero = (rest[0] if rest else torch.full_like(scale, 8 if kind == "int4" else 0)) + offset
+    wrong = (zero < 0) | (zero >= 1 << bits) | (zero != zero.round())
+    if integers and bool(wrong.any()):
         raise ValueError(
-            f"{format}: expected every minimum to be scale * (code of zero), as in a weight read "
-            "from such a file; got others, which an integer zero point does not give"
+            f"{format}: expected integer zero points from 0 to {(1 << bits) - 1}, "
+            f"got {float(zero[wrong][0]):g}"
         )
-    if bool((zero < 0).any()) or bool((zero >= 1 << bits).any()):
-        raise ValueError(
-            f"{format}: expected zero points from 0 to {(1 << bits) - 1}, "
-            f"got {float(zero.min()):g} to {float(zero.max()):g}"
-        )
+    stored = scale.to(layer.scale_dtype)
+    if not torch.equal(stored.float(), scale):
+        raise ValueError(f"{format}: expected scales that {layer.scale_dtype} holds, got others")
     back = None if layer.order is None else layer.order.argsort()
 
     def codes(start: int, stop: int) -> Tensor:
-        part = _codes(weight, start, stop)
-        if offset:
-            part = part.view(torch.uint8)
-            part = part ^ offset if layer.bits == 8 else part + offset
-        if layer.bits > bits and bool((part >> bits).any()):
+        part = unpack_codes(rows_of(weight, start, stop)).flatten(1)[:, :k] + offset
+        if FORMATS[weight.format].bits > bits and bool((part >> bits).any()):
             raise ValueError(f"{format}: expected codes of {bits} bits, got {int(part.max())}")
         return part if back is None else part[:, back]
 
-    stored = scale.to(layer.scale_dtype) if layer.scale is None else layer.scale
     return Affine((n, k), bits, group_size, codes, stored, zero, layer.order, layer.bias)
 
 
-def parameters(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Scale and minimum ``[N, G]``, float64."""
-    n, k = weight.shape
-    groups = -(-k // weight.group_size)
-    lines = weight.packed.view(weight.packed.shape[0], groups, -1)[..., -4 * STRIP :]
-    values = lines.contiguous().view(torch.float16).unflatten(2, (2, STRIP)).double()
-    scale, minimum = values.permute(2, 0, 3, 1).flatten(1, 2)[:, :n]
-    return scale, minimum
+def _integers(bits: int) -> str:
+    """The packed integers that hold codes of `bits`."""
+    return f"int{max(bits, 2)}" if bits <= 6 else "int8"
 
 
-def _codes(weight: QuantizedTensor, start: int, stop: int) -> Tensor:
-    """Codes of outputs start to stop, `start` the first of a strip: uint8 or, for int8, int8."""
-    n, k = stop - start, weight.shape[1]
-    strips = weight.packed[start // STRIP : -(-stop // STRIP)]
-    part = QuantizedTensor(strips, weight.format, (n, k), weight.group_size, weight.activation)
-    codes = reference.unpack(part)[0].flatten(1)[:, :k]
-    return codes.to(torch.int8 if weight.format == "int8" else torch.uint8)
-
-
-def _zero(scale: Tensor, minimum: Tensor, offset: int) -> Tensor:
-    """The integer zero point that a float16 minimum was rounded from; the middle for scale 0."""
-    return offset - torch.where(scale == 0, 0.0, minimum / scale).round()
-
-
-def _check_rounding(
-    tensors: Tensors, source: Affine, exact: Tensor, zero: Tensor, scale: Tensor, minimum: Tensor
-) -> float:
-    """Bound of what float16 does to a weight, in steps; raises if that is too much."""
-    if bool((scale.abs() > _LARGEST_SCALE).any()) or bool((minimum.abs() > _LARGEST_SCALE).any()):
-        raise tensors.error(
-            "weight", f"scales and scale * zero of at most {_LARGEST_SCALE:g}", "a larger one"
-        )
-    if exact.numel() == 0:
-        return 0.0
-    offset, highest = container(source.bits)[1], (1 << source.bits) - 1
-    # Linear in the code: largest at one of its ends.
-    changes = [
-        (scale * (code - offset) + minimum - exact * (code - zero)).abs() for code in (0, highest)
-    ]
-    change = torch.maximum(*changes)
-    step = exact.abs()
-    allowed = torch.maximum(step * _STEP, (step * highest).max() * _LARGEST)
-    if bool((change > allowed).any()):
-        raise tensors.error(
-            "weight", "scales that float16 holds", f"one of {float(step[change > allowed][0]):g}"
-        )
-    return float(torch.where(step == 0, 0.0, change / step).max())
+def _offset(bits: int) -> int:
+    """What is subtracted from codes, for signed integers to hold them."""
+    return 128 if bits == 8 else 0

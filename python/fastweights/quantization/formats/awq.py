@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["AWQ"]
 
@@ -52,7 +53,7 @@ class AWQ:
     key = "qweight"
 
     def __post_init__(self) -> None:
-        affine.group_width(_FORMAT, self.group_size, 32)
+        affine.group_width(_FORMAT, _BITS, self.group_size, 32)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AWQ:
@@ -86,7 +87,7 @@ class AWQ:
         found = Tensors(_FORMAT, tensors, name)
         qweight = found.take("qweight", [torch.int32], [None, None], "[in_features, N / 8]")
         k, n = qweight.shape[0], qweight.shape[1] * 8
-        groups = affine.group_count(_FORMAT, self.group_size, k)
+        groups = affine.group_count(_FORMAT, _BITS, self.group_size, k)
         qzeros = found.take("qzeros", [torch.int32], [groups, n // 8], "[groups, N / 8]")
         scales = found.take_finite("scales", affine.FLOATS, [groups, n], "[groups, N]")
         bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
@@ -115,7 +116,7 @@ class AWQ:
             raise ValueError(f"{_FORMAT}: expected a multiple of 8 as N, got {n}")
         if source.order is not None:
             raise ValueError(f"{_FORMAT}: expected inputs in the order of their groups, got others")
-        columns = [_pack(source.codes(start, stop).T) for start, stop in affine.row_parts(n, k)]
+        columns = [_pack(source.codes(start, stop).T) for start, stop in row_parts(n, k)]
         tensors = {
             "qweight": torch.cat(columns, 1),
             "qzeros": _pack(source.zero.T.to(torch.uint8)),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Tensors", "integer_setting", "setting"]
+__all__ = ["Tensors", "broken", "integer_setting", "setting"]
 
 _MOST = 1 << 31  # outputs and inputs of a weight
 
@@ -62,10 +62,14 @@ class Tensors:
             name = next(iter(self._tensors))
             raise self.error(name, "no tensor of this name in such a layer", "one")
 
-    def error(self, name: str, rule: str, came: str) -> ValueError:
+    def error(self, name: str, rule: str, came: object) -> ValueError:
         """The exception for a tensor that breaks a rule."""
-        full = f"{self.layer}.{name}" if self.layer else name
-        return ValueError(f"{self.format}: {full}: expected {rule}, got {came}")
+        return broken(self.format, f"{self.layer}.{name}" if self.layer else name, rule, came)
+
+
+def broken(format: str, name: str, rule: str, came: object) -> ValueError:
+    """The exception for a part of a file that breaks a rule: one line, whatever its name is."""
+    return ValueError(f"{format}: {repr(name)[1:-1]:.200}: expected {rule}, got {came}")
 
 
 def setting(format: str, config: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["CompressedTensors"]
 
@@ -63,7 +64,7 @@ class CompressedTensors:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"{_FORMAT}: num_bits: expected 1 to 8, got {self.bits}")
-        affine.group_width(_FORMAT, self.group_size, 32)
+        affine.group_width(_FORMAT, self.bits, self.group_size, 32)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensors:
@@ -115,8 +116,7 @@ class CompressedTensors:
             activation: see `fastweights.quantize`.
 
         Raises:
-            ValueError: tensors that do not go together, values out of range, a code of -128 with
-                8 bits under activation "int8".
+            ValueError: tensors that do not go together, values out of range.
         """
         found = Tensors(_FORMAT, tensors, name)
         packed = found.take("weight_packed", [torch.int32], [None, None], "[N, words]")
@@ -125,7 +125,7 @@ class CompressedTensors:
         dense = self.dense if self._columns(k, self.dense) == columns else not self.dense
         if shape[0] != n or not 0 < k < 1 << 31 or self._columns(k, dense) != columns:
             raise found.error("weight_shape", f"[{n}, inputs] of {columns} words", f"{shape}")
-        groups = affine.group_count(_FORMAT, self.group_size, k)
+        groups = affine.group_count(_FORMAT, self.bits, self.group_size, k)
         scale = found.take_finite("weight_scale", affine.FLOATS, [n, groups], "[N, groups]")
         zero = torch.full((n, groups), 1 << (self.bits - 1))
         if not self.symmetric:
@@ -153,7 +153,7 @@ class CompressedTensors:
         """
         source = affine.from_layer(_FORMAT, layer, self.bits, self.group_size)
         n, k = source.shape
-        rows = [self._pack(source.codes(start, stop)) for start, stop in affine.row_parts(n, k)]
+        rows = [self._pack(source.codes(start, stop)) for start, stop in row_parts(n, k)]
         tensors = {
             "weight_packed": torch.cat(rows),
             "weight_shape": torch.tensor([n, k]),
@@ -176,7 +176,7 @@ class CompressedTensors:
         g_idx = found.take("weight_g_idx", [torch.int32], [k], "[in_features]")
         if bool((g_idx == -1).all()):
             return None
-        width = affine.group_width(_FORMAT, self.group_size, k)
+        width = affine.group_width(_FORMAT, self.bits, self.group_size, k)
         return affine.input_order(found, "weight_g_idx", g_idx, width)
 
     def _columns(self, count: int, dense: bool) -> int:

@@ -14,6 +14,7 @@ from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
 from fastweights.quantization.formats.check import Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.rows import row_parts
 
 __all__ = ["GPTQ"]
 
@@ -62,7 +63,7 @@ class GPTQ:
             raise ValueError(f"{_FORMAT}: bits: expected 2, 3, 4 or 8, got {self.bits}")
         if self.version not in (1, 2):
             raise ValueError(f"{_FORMAT}: version: expected 1 or 2, got {self.version}")
-        affine.group_width(_FORMAT, self.group_size, 32)
+        affine.group_width(_FORMAT, self.bits, self.group_size, 32)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GPTQ:
@@ -91,8 +92,7 @@ class GPTQ:
             activation: see `fastweights.quantize`.
 
         Raises:
-            ValueError: tensors that do not go together, values out of range, a code of -128 with
-                8 bits under activation "int8".
+            ValueError: tensors that do not go together, values out of range.
         """
         found = Tensors(_FORMAT, tensors, name)
         qweight = found.take("qweight", [torch.int32], [None, None], "[in_features * bits / 32, N]")
@@ -101,14 +101,14 @@ class GPTQ:
             raise found.error(
                 "qweight", "multiples of 32 as in_features and N", f"{list(qweight.shape)}"
             )
-        groups = affine.group_count(_FORMAT, self.group_size, k)
+        groups = affine.group_count(_FORMAT, self.bits, self.group_size, k)
         words = [groups, n * self.bits // 32]
         qzeros = found.take("qzeros", [torch.int32], words, "[groups, N * bits / 32]")
         scales = found.take_finite("scales", affine.FLOATS, [groups, n], "[groups, N]")
         order = None
         if "g_idx" in found:
             g_idx = found.take("g_idx", [torch.int32], [k], "[in_features]")
-            width = affine.group_width(_FORMAT, self.group_size, k)
+            width = affine.group_width(_FORMAT, self.bits, self.group_size, k)
             order = affine.input_order(found, "g_idx", g_idx, width)
         bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
         found.end()
@@ -140,7 +140,7 @@ class GPTQ:
             )
         columns = [
             as_words(pack_bits(source.codes(start, stop), self.bits)).T
-            for start, stop in affine.row_parts(n, k)
+            for start, stop in row_parts(n, k)
         ]
         zero = source.zero.T.to(torch.uint8)
         if self.version == 1:

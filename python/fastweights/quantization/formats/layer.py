@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,26 +24,20 @@ class Layer:
 
     Args:
         weight: ``[N, K]``, its inputs in the order in which their groups are stored.
-        bits: per code in the file; "int4" holds fewer than 4 bits too, "int8" 5 to 7.
         bias: ``[N]`` or None.
         order: int64 ``[K]``, a permutation: column j of `weight` meets input ``order[j]``. None: as
             they come. Groups of GPTQ's act-order are not contiguous in the file; sorted by group
             they are.
         scale_dtype: of the scales in the file.
-        scale: ``[N, G]`` as in the file, where float16 does not hold them; else None.
-        zero: ``[N, G]`` as in the file, where scale and minimum do not give them back; else None.
-        error: bound of the change of any weight by float16 scales and minima, in steps of its
-            group; 0 if the packed weight is exact.
+        kept: tensors of the file, by their names there, that the weight was computed from and that
+            cannot be computed from it.
     """
 
     weight: QuantizedTensor
-    bits: int = 4
     bias: Tensor | None = None
     order: Tensor | None = None
     scale_dtype: torch.dtype = torch.float16
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-    error: float = 0.0
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[N, K]``, its inputs in the order of the layer's."""

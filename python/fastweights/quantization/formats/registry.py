@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fastweights.quantization.formats.awq import AWQ
+from fastweights.quantization.formats.bitsandbytes import BitsAndBytes4Bit
 from fastweights.quantization.formats.compressed_tensors import CompressedTensors
 from fastweights.quantization.formats.gptq import GPTQ
 from fastweights.quantization.formats.layer import Layer
+from fastweights.quantization.formats.llm_int8 import LLMInt8
 
 __all__ = ["Format", "format_of"]
 
@@ -30,9 +32,16 @@ class Format(Protocol):
         """The tensors of a layer."""
 
 
+def _bitsandbytes(config: Mapping[str, Any]) -> BitsAndBytes4Bit | LLMInt8:
+    if config.get("load_in_4bit") is True:
+        return BitsAndBytes4Bit.from_config(config)
+    return LLMInt8.from_config(config)
+
+
 _METHODS: dict[str, Any] = {
     "gptq": GPTQ.from_config,
     "awq": AWQ.from_config,
+    "bitsandbytes": _bitsandbytes,
     "compressed-tensors": CompressedTensors.from_config,
 }
 
