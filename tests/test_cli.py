@@ -49,10 +49,11 @@ def test_quantize_makes_it_smaller(folder: Path) -> None:
     assert size("int4") < size("linear") / 2
 
 
-def test_quantize_calibrates(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("solver", ["gptq", "awq", "smoothquant+"])
+def test_quantize_calibrates(folder: Path, tmp_path: Path, solver: str) -> None:
     command = ["quantize", str(folder / "linear"), "--out", str(tmp_path / "out")]
     command += ["--group-size", "32", "--checkpoint", str(tmp_path / "checkpoint")]
-    assert main([*command, "--solver", "gptq", "--text", str(folder / "text.txt")]) == 0
+    assert main([*command, "--solver", solver, "--text", str(folder / "text.txt")]) == 0
     assert len(list((tmp_path / "checkpoint").glob("model.layers.*"))) == 2
     plain, calibrated = (fw.load(path)[0] for path in (folder / "int4", tmp_path / "out"))
     assert plain.lm_head.packed.equal(calibrated.lm_head.packed)

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 # Text for solvers: 4096 tokens, a minute or two of one core for a model of 135 million weights.
 _WINDOWS, _LENGTH = 8, 512
-_SOLVERS = {"nearest": "RoundToNearest", "gptq": "GPTQ"}
+_SOLVERS = {
+    "nearest": "RoundToNearest",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "smoothquant+": "SmoothQuantPlus",
+}
 
 
 def add_parser(commands: Any) -> None:
