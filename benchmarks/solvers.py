@@ -92,7 +92,7 @@ def document(results):
         "# Solvers\n\nWritten by `python benchmarks/solvers.py`: SmolLM2-135M-Instruct, its 210"
         " linear layers quantized with float activations, embedding and output layer in float32;"
         f" calibrated on {WINDOWS} x {LENGTH} tokens of docstrings, perplexity of {HELD_OUT} x"
-        f" {LENGTH} held-out tokens. \"recovered\": of what nearest rounding loses, in nats.\n\n"
+        f' {LENGTH} held-out tokens. "recovered": of what nearest rounding loses, in nats.\n\n'
         f"{facts['date']}. {where}.\n\n{table(results)}\n"
     )
 

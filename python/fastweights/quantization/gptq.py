@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.gptq_block import gptq_block
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.calibrate import Solver
 from fastweights.quantization.round_to_nearest import (
@@ -247,37 +248,14 @@ def round_columns(
             scale[:, groups[start]], minimum[:, groups[start]] = s[:, 0, 0], m[:, 0, 0]
         here, rest = slice(start, stop), slice(stop, k)
         s, m = scale[:, groups[here]], minimum[:, groups[here]]
-        codes[:, here], errors = round_block(
-            w[:, here], u[here, here], s, m, extent, None if p is None else p[here, here]
-        )
+        spread = None if p is None else p[here, here]
+        codes[:, here], errors = gptq_block(w[:, here], u[here, here], s, m, *extent, spread)
         w[:, rest].addmm_(errors, u[here, rest], alpha=-1)
         if p is not None:
             values = s * codes[:, here] + m + errors * u[here, here].diagonal()
             w[:, rest].addmm_(values, p[here, rest], alpha=-1)
         loss += 0.5 * float(errors.double().square().sum())
     return codes, loss
-
-
-def round_block(
-    w: Tensor,
-    u: Tensor,
-    scale: Tensor,
-    minimum: Tensor,
-    extent: tuple[float, float],
-    p: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The columns of one block; returns codes and errors ``(w - q) / diag(u)`` of each."""
-    w = w.clone()
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    for i in range(w.shape[1]):
-        code = ((w[:, i] - minimum[:, i]) * inverse[:, i]).round().clamp(*extent)
-        error = (w[:, i] - (scale[:, i] * code + minimum[:, i])) / u[i, i]
-        w[:, i + 1 :].addr_(error, u[i, i + 1 :], alpha=-1)
-        if p is not None:
-            w[:, i + 1 :].addr_(w[:, i], p[i, i + 1 :], alpha=-1)
-        codes[:, i], errors[:, i] = code, error
-    return codes, errors
 
 
 def _grid(fitted: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -295,15 +273,20 @@ def _by_moment(moments: Tensor, width: int) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular float64 U with ``H⁻¹ = Uᵀ U`` for the damped Hessian."""
+    """Upper triangular float64 U with ``H⁻¹ = Uᵀ U`` for the damped Hessian.
+
+    ``H = R Rᵀ`` with an upper triangular R, which Cholesky gives of H read backwards, has U = R⁻¹:
+    the inverse of H is never formed.
+    """
     h = hessian.double()
     diagonal = h.diagonal()
     h = h + torch.diag((diagonal == 0).double())
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     for attempt in range(_DAMPINGS):
         damped = h + torch.diag((damping * 10**attempt * mean).expand(len(h)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            u: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            one = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            u: Tensor = torch.linalg.solve_triangular(backwards.flip(0, 1), one, upper=True)
             return u
     raise ValueError("gptq: expected a positive semidefinite hessian, got one that is not")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization import functional, reference
+from fastweights.ops.quantization import functional, gptq_block_spec, reference
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
 from fastweights.testing.peers import quantized_linear as peers
@@ -145,4 +145,5 @@ SPECS = [
         bench=BENCH,
         peers=(peers.DENSE, peers.INT4PACK, peers.ONNXRUNTIME, peers.BITSANDBYTES),
     ),
+    gptq_block_spec.SPEC,
 ]
