@@ -11,7 +11,7 @@ import fastweights as fw
 from fastweights import quantize_
 from fastweights.functional import dequantize
 from fastweights.nn import QuantizedLinear
-from fastweights.quantization import GPTQ, RoundToNearest
+from fastweights.quantization import AWQ, GPTQ, RoundToNearest, SmoothQuantPlus
 from fastweights.quantization.calibrate import Solver
 from fastweights.quantization.round_to_nearest import round_to_nearest
 from fastweights.quantization.samples import read_samples
@@ -215,6 +215,48 @@ def test_texts_become_sequences():
 def test_bad_calibration(calibration, message):
     with pytest.raises((ValueError, TypeError), match=message):
         quantize_(softmax_model(), solver=GPTQ(), calibration=calibration, progress=False)
+
+
+class Experts(nn.Module):
+    """A router that sends tokens to one of three experts; some get none of a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(32), nn.Linear(32, 3)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        h = self.norm(x)
+        chosen = self.router(h).argmax(-1)
+        y = x.clone()
+        for i, expert in enumerate(self.experts):
+            if bool((chosen == i).any()):
+                y[chosen == i] += expert(h[chosen == i])
+        return y
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Experts() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "solver", [GPTQ(), GPTQ(asymmetric=0.25), AWQ(steps=2), SmoothQuantPlus(alphas=(0.25, 0.5))]
+)
+def test_experts_that_get_no_tokens(solver):
+    x = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1))
+    model = Routed()
+    exact = model(x).detach()
+    quantize_(model, "int8", group_size=32, solver=solver, calibration=x, progress=False)
+    assert sum(type(m) is QuantizedLinear for m in model.modules()) == 8
+    torch.testing.assert_close(model(x), exact, atol=0.05, rtol=0.05)
 
 
 def test_a_layer_that_is_never_reached():

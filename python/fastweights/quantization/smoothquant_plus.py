@@ -129,7 +129,8 @@ def _largest(block: Block, name: str) -> Tensor:
     """Largest magnitude ``[K]`` of every channel of a layer's input."""
     result = torch.zeros(block.linears[name].in_features)
     for x in block.inputs(name):
-        result = torch.maximum(result, x.abs().amax(0))
+        if len(x):
+            result = torch.maximum(result, x.abs().amax(0))
     return result
 
 

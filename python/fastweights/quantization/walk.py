@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -72,7 +73,10 @@ class Block:
         return [names for _, names in groups] + rest
 
     def inputs(self, name: str) -> Iterator[Tensor]:
-        """Float32 inputs ``[tokens, K]`` of a layer of `linears`, call by call."""
+        """Float32 inputs ``[tokens, K]`` of a layer of `linears`, one for every call of the block.
+
+        There are no tokens where the call does not reach the layer, as experts know it.
+        """
         return self._inputs(self._submodule(name), self.module, self.calls, name)
 
     def exact_inputs(self, name: str) -> Iterator[Tensor]:
@@ -113,7 +117,7 @@ class Block:
             for call in calls:
                 with suppress(_Reached):
                     call.run(module)
-                yield from seen
+                yield torch.cat(seen or [torch.zeros(0, self.linears[name].in_features)])
                 seen.clear()
 
 
