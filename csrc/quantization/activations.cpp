@@ -28,15 +28,15 @@ static void load_row(const ActivationArgs& a, int64_t m, T* row, int64_t Kp) {
   for (int64_t k = 0; k < a.K; ++k) row[k] *= factor * T(a.prologue.norm_weight[k]);
 }
 
-// kBlock values to int8; returns the scale, and the sum of the codes through `sum`. A block that holds an infinity or
+// B values to int8; returns the scale, and the sum of the codes through `sum`. A block that holds an infinity or
 // NaN gets the scale NaN, so that the outputs say so.
-template <typename T>
+template <int B, typename T>
 FW_INLINE float quantize_block(const T* x, int8_t* codes, int32_t* sum) {
   constexpr int L = kLanes<T>;
   using Int = typename IntOf<T>::type;
   Vec<T> most = zero<T>(), poison = zero<T>();
   FW_UNROLL
-  for (int k = 0; k < kBlock; k += L) {
+  for (int k = 0; k < B; k += L) {
     const Vec<T> v = load(x + k);
     most = max(abs(v), most);
     poison += v * T(0);
@@ -48,7 +48,7 @@ FW_INLINE float quantize_block(const T* x, int8_t* codes, int32_t* sum) {
   const T magic = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^(mantissa bits): rounds half to even
   Vec<Int> total = zero<Int>();
   FW_UNROLL
-  for (int k = 0; k < kBlock; k += L) {
+  for (int k = 0; k < B; k += L) {
     // The bound also keeps product and sum two roundings, so that every level gives the same codes.
     const Vec<T> scaled = min(finite ? load(x + k) * inverse : zero<T>(), set1(T(127)));
     const Vec<Int> q = __builtin_convertvector((scaled + magic) - magic, Vec<Int>);
@@ -61,9 +61,9 @@ FW_INLINE float quantize_block(const T* x, int8_t* codes, int32_t* sum) {
   return inverse > 0 ? float(absmax / T(127)) : 0.0f;
 }
 
-template <typename T>
+template <int B, typename T>
 static void emit_codes(const ActivationArgs& a, const T* row, int64_t panel, int64_t r, int64_t R) {
-  const int64_t blocks = a.group / kBlock;
+  const int64_t blocks = a.group / B;
   for (int64_t g = 0; g < a.groups; ++g, row += a.group) {
     int8_t* codes = a.out.codes + panel_offset(a.M, a.groups, panel, g, a.group);
     const int64_t first = panel_offset(a.M, a.groups, panel, g, blocks);
@@ -71,10 +71,10 @@ static void emit_codes(const ActivationArgs& a, const T* row, int64_t panel, int
     int32_t* code_sums = a.out.code_sums + first;
     float group_sum = 0.0f;
     for (int64_t b = 0; b < blocks; ++b) {
-      alignas(64) int8_t q[kBlock];
+      alignas(64) int8_t q[B];
       int32_t sum;
-      const float scale = quantize_block(row + b * kBlock, q, &sum);
-      for (int64_t i = 0; i < kBlock / 4; ++i) __builtin_memcpy(codes + ((b * 8 + i) * R + r) * 4, q + 4 * i, 4);
+      const float scale = quantize_block<B>(row + b * B, q, &sum);
+      for (int64_t i = 0; i < B / 4; ++i) __builtin_memcpy(codes + ((b * (B / 4) + i) * R + r) * 4, q + 4 * i, 4);
       scales[b * R + r] = scale;
       code_sums[b * R + r] = sum;
       group_sum += scale * float(sum);
@@ -114,7 +114,13 @@ static void pack_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
       if (as_it_is) values = static_cast<const T*>(a.x) + m * a.x_stride;
     }
     if (values == row) load_row<S>(a, m, row, Kp);
-    a.out.quantized ? emit_codes<T>(a, values, panel, r, R) : emit_values<T>(a, values, panel, r, R);
+    if (!a.out.quantized) {
+      emit_values<T>(a, values, panel, r, R);
+    } else if (a.group < kBlock) {
+      emit_codes<16>(a, values, panel, r, R);
+    } else {
+      emit_codes<int(kBlock)>(a, values, panel, r, R);
+    }
   }
 }
 

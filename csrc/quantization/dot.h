@@ -3,6 +3,7 @@
 //   start(sum)      an accumulator for one block of kBlock inputs; sum = sum of the block's activation codes
 //   dot(acc, w, x)  += the four products of w's bytes with the bytes of x (the same four for all outputs)
 //   finish(acc)     the block's int32 sums
+// The bytes of w are codes below 16 (nibbles), codes below 64 (counts) or signed numbers.
 #pragma once
 
 #include "quantization/line.h"
@@ -33,7 +34,14 @@ FW_INLINE Shorts odd_bytes(Words w) {
   return bit_cast<Shorts>(w) >> 8;
 }
 
+enum class Bytes { nibbles, counts, signed_numbers };
+
 template <Format F>
+constexpr Bytes kBytes = kTraits<F>.levels != Levels::counted ? Bytes::signed_numbers
+                         : kTraits<F>.bits <= 4               ? Bytes::nibbles
+                                                              : Bytes::counts;
+
+template <Bytes B>
 struct Dot {
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
@@ -45,7 +53,7 @@ struct Dot {
 #if defined(__AVX512VNNI__)
 
 template <>
-struct Dot<Format::int4> {
+struct Dot<Bytes::nibbles> {
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
     return bit_cast<Words>(_mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
@@ -53,12 +61,15 @@ struct Dot<Format::int4> {
   FW_INLINE Words finish(Words acc) { return acc; }
 };
 
+template <>
+struct Dot<Bytes::counts> : Dot<Bytes::nibbles> {};
+
 // The instruction wants one side unsigned: codes + 128, taken back as 128 times the sum of the activations.
 template <>
-struct Dot<Format::int8> {
+struct Dot<Bytes::signed_numbers> {
   FW_INLINE Words start(int32_t sum) { return set1(-128 * sum); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
-    return Dot<Format::int4>::dot(acc, w ^ set1(int32_t(0x80808080)), x);
+    return Dot<Bytes::nibbles>::dot(acc, w ^ set1(int32_t(0x80808080)), x);
   }
   FW_INLINE Words finish(Words acc) { return acc; }
 };
@@ -67,7 +78,7 @@ struct Dot<Format::int8> {
 
 // Codes of 4 bits stay in int16 for a whole block: 8 additions of at most 2 * 15 * 127 are 30480 < 32768.
 template <>
-struct Dot<Format::int4> {
+struct Dot<Bytes::nibbles> {
   static_assert(kBlock / 4 * 2 * 15 * 127 < 32768);
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
@@ -79,13 +90,24 @@ struct Dot<Format::int4> {
   }
 };
 
-// |x| times w with the sign of x: no pair exceeds 2 * 127 * 127 = 32258, since codes and activations avoid -128.
 template <>
-struct Dot<Format::int8> {
+struct Dot<Bytes::counts> {
   FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
   FW_INLINE Words dot(Words acc, Words w, Words x) {
-    const __m256i a = bit_cast<__m256i>(x);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(bit_cast<__m256i>(w), a));
+    const __m256i pairs = _mm256_maddubs_epi16(bit_cast<__m256i>(w), bit_cast<__m256i>(x));
+    return acc + bit_cast<Words>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  FW_INLINE Words finish(Words acc) { return acc; }
+};
+
+// |w| times x with the sign of w: a pair is at most 2 * 128 * 127 = 32512, as |-128| is 128 unsigned and activations
+// avoid -128.
+template <>
+struct Dot<Bytes::signed_numbers> {
+  FW_INLINE Words start(int32_t) { return zero<int32_t>(); }
+  FW_INLINE Words dot(Words acc, Words w, Words x) {
+    const __m256i b = bit_cast<__m256i>(w);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(bit_cast<__m256i>(x), b));
     return acc + bit_cast<Words>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   FW_INLINE Words finish(Words acc) { return acc; }

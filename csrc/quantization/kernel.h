@@ -1,24 +1,24 @@
 // What the torch side of the quantization family and its kernels agree on: the packed weight and the arguments.
 //
-// A weight W [N, K] is stored as strips of 16 outputs. A strip is one sequential stream of groups along K, and a group
-// of `group` inputs is
-//   lines       64 bytes = 16 outputs x 4 bytes. int8: byte (r, t) of line l is the code of W[r, 4l + t]. int4: its low
-//               nibble is the code of W[r, 8l + t], its high nibble that of W[r, 8l + 4 + t].
-//   parameters  64 bytes = 16 float16 scales, then 16 float16 minima.
-// and W[n, k] = scale * code + minimum with codes 0..15 (int4) or -127..127 (int8). Every line is 64-byte aligned
-// relative to the strip, one vector of any level holds whole outputs, and lanes are outputs: no horizontal sums.
-// Outputs beyond N have scale = minimum = 0; inputs beyond K have code 0 and meet activations that are 0.
+// A weight W [N, K] is stored as strips of 16 outputs. A strip is one sequential stream of bundles along K. A bundle
+// holds the codes of its groups of `group` inputs each, one group after another, and then their parameters. A group is
+// a bundle where its parameters fill a line of 64 bytes; else a bundle has as many groups as it takes.
+//   codes       planes of 8, 4, 2 or 1 bit: 3 bits are a plane of 2 and, above it, one of 1; 5 are 4 and 1; 6 are 4
+//               and 2. A line of a plane is 16 outputs x 4 bytes: byte (r, t) has the bits of W[r, 4q + t] for as many
+//               quartets q of inputs as it holds, the first one lowest. Where there are two planes they alternate:
+//               lines of the lower one, then a line of the upper one for the same inputs.
+//   parameters  rows of 16, one number per output: see Parameter in formats.h.
+// W[n, k] = scale * (level(code) + offset) + minimum. Every line is 64-byte aligned relative to the strip, one vector
+// of any CPU level holds whole outputs, and lanes are outputs: no horizontal sums. Outputs beyond N have scale =
+// minimum = 0; inputs beyond K have code 0 and meet activations that are 0; groups that only fill the last bundle are
+// not read.
 #pragma once
 
 #include "core/levels.h"
+#include "quantization/formats.h"
 
 namespace fastweights::quantization {
 
-enum class Format : int { int4, int8 };
-
-constexpr int64_t kStrip = 16;       // outputs per strip
-constexpr int64_t kLine = 64;        // bytes of a line, and of a group's parameters
-constexpr int64_t kBlock = 32;       // inputs that share one activation scale
 constexpr int64_t kIntRows = 4;      // rows per panel of int8 activations
 constexpr int64_t kFloatRows = 6;    // rows per panel of float activations
 constexpr int64_t kSourceRows = 12;  // rows of x per pack_activations task: whole panels of both kinds
@@ -26,9 +26,10 @@ constexpr int64_t kRowBlock = 60;    // rows of x per matmul task: whole panels 
 
 struct Weight {
   Format format;
+  Parameter parameter;
   int64_t N, K, group;
-  int64_t strips, groups;            // ceil(N / 16), ceil(K / group)
-  int64_t group_bytes, strip_bytes;  // bytes of one group of one strip, of one strip
+  int64_t strips, groups;                          // ceil(N / 16), ceil(K / group)
+  int64_t group_bytes, bundle_bytes, strip_bytes;  // of a group's codes, of a bundle, of a strip
   const uint8_t* packed;
 };
 
@@ -64,7 +65,8 @@ struct Prologue {
 // is left: what a strip's group meets lies together. Within a panel
 //   codes   int8  [group / 4][R][4]    codes * scales = x
 //   values  T     [4][group / 4][R]    x[g * group + 4j + t] at [t][j]
-//   scales  float [group / 32][R], code_sums int32 [group / 32][R]: per block of 32, the scale and the sum of the codes
+//   scales  float [blocks][R], code_sums int32 [blocks][R]: per block of 32 (or a smaller group), the scale and the sum
+//           of the codes
 //   sums    T     [R]                  sum of the (quantized) x over the group
 struct Activations {
   bool quantized;  // codes and scales, else values
@@ -100,15 +102,22 @@ struct MatmulArgs {
 FW_DECLARE_KERNEL(matmul_int8, MatmulArgs)
 FW_DECLARE_KERNEL(matmul_float, MatmulArgs)
 
-// dx = dy W. Task t = (row block t / chunks, chunk of chunk_groups groups t % chunks).
+constexpr int64_t kBackwardRows = 128;    // rows of dy per task
+constexpr int64_t kBackwardOutputs = 64;  // outputs of a decoded panel
+
+// dx = dy W, in two passes. transpose_dy: task t = (row block t / panels, panel of outputs t % panels). backward: task
+// t = (row block t / chunks, chunk of chunk_groups groups t % chunks).
 struct BackwardArgs {
   Weight weight;
   Element element;  // of dy and dx
   const void* dy;   // [M, N], rows dy_stride apart
   int64_t dy_stride, M;
+  void* transposed;  // a block of rows after another, each [16 strips][rows, up to whole vectors], float or double
+  int64_t panels;
   void* dx;  // out [M, K]
   int64_t chunk_groups, chunks;
 };
+FW_DECLARE_KERNEL(transpose_dy, BackwardArgs)
 FW_DECLARE_KERNEL(backward, BackwardArgs)
 
 }  // namespace fastweights::quantization

@@ -10,19 +10,22 @@ namespace fastweights::quantization::FW_LEVEL {
 template <typename T>
 constexpr int kColumns = int(kStrip) / kLanes<T>;  // vectors of T per strip
 
-// One group of a strip as numbers: out[t][j][16] holds the codes of inputs 4j + t, in units of code_unit(t).
+// One group of a strip as numbers: out[t][j][16] holds the levels of inputs 4j + t, in units of level_unit(t).
 template <Format F, typename T>
-static void unpack_group(const uint8_t* lines, int64_t group, T* out) {
+static void unpack_group(const uint8_t* run, int64_t group, T* out) {
+  using Numbers = typename VecOf<T, kWords>::type;
+  using Unaligned = typename VecOf<T, kWords>::unaligned;
   const int64_t quarter = group / 4;
-  for (int64_t j = 0; j < quarter; ++j) {
+  for (int64_t j = 0; j < quarter; j += kRun<F>, run += kRunBytes<F>) {
     for (int i = 0; i < kParts; ++i) {
-      const Words line = load_words(lines + (F == Format::int4 ? j / 2 : j) * kLine, i);
-      const Words w = F == Format::int4 && j % 2 ? shift_right(line, 4) : line;
       FW_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        using Numbers = typename VecOf<T, kWords>::unaligned;
-        T* to = out + (t * quarter + j) * kStrip + i * kWords;
-        *reinterpret_cast<Numbers*>(to) = __builtin_convertvector(code_at<F>(w, t), typename VecOf<T, kWords>::type);
+      for (int u = 0; u < kRun<F>; ++u) {
+        const Words w = code_words<F>(run, u, i);
+        FW_UNROLL
+        for (int t = 0; t < 4; ++t) {
+          T* to = out + (t * quarter + j + u) * kStrip + i * kWords;
+          *reinterpret_cast<Unaligned*>(to) = __builtin_convertvector(level_at<F>(w, t), Numbers);
+        }
       }
     }
   }
@@ -34,8 +37,7 @@ struct Numbers {
 };
 
 template <typename T>
-static void numbers(const uint8_t* parameters, Numbers<T>* out) {
-  const Parameters p = load_parameters(parameters);
+static void numbers(const Parameters& p, Numbers<T>* out) {
   for (int i = 0; i < kParts; ++i) {
     for (int lane = 0; lane < kWords; ++lane) {
       out->scale[i * kWords + lane] = T(p.scale[i][lane]);
@@ -48,11 +50,11 @@ static void numbers(const uint8_t* parameters, Numbers<T>* out) {
 template <typename T>
 constexpr int kStripsAtOnce = kTileVectors > kColumns<T> ? kTileVectors / kColumns<T> : 1;
 
-// sums += one group of S strips times one panel of R rows; strip s has its codes at s * 16 * group and its sums
-// [rows][16] at s * kRowBlock * 16.
-template <Format F, typename T, int R, int S>
-static __attribute__((noinline)) void group_tile(const T* codes, const Numbers<T>* p, int64_t quarter, const T* x,
-                                                 const T* x_sums, T* sums) {
+// sums += one group of S strips times one panel of R rows; strip s has its levels at s * 16 * group, those of inputs
+// 4j + t in units of units[t], and its sums [rows][16] at s * kRowBlock * 16.
+template <typename T, int R, int S>
+static __attribute__((noinline)) void group_tile(const T* levels, const float* units, const Numbers<T>* p,
+                                                 int64_t quarter, const T* x, const T* x_sums, T* sums) {
   constexpr int L = kLanes<T>, C = kColumns<T>, V = S * C;
   const int64_t strip = 4 * quarter * kStrip;
   const auto at = [&](int i, int r)
@@ -60,10 +62,10 @@ static __attribute__((noinline)) void group_tile(const T* codes, const Numbers<T
 #pragma GCC unroll 1
   for (int t = 0; t < 4; ++t) {
     Vec<T> acc[R][V] = {};
-    for (int64_t j = 0; j < quarter; ++j, codes += kStrip, x += R) {
+    for (int64_t j = 0; j < quarter; ++j, levels += kStrip, x += R) {
       Vec<T> c[V];
       FW_UNROLL
-      for (int i = 0; i < V; ++i) c[i] = load(codes + i / C * strip + i % C * L);
+      for (int i = 0; i < V; ++i) c[i] = load(levels + i / C * strip + i % C * L);
       FW_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec<T> xr = set1(x[r]);
@@ -71,7 +73,7 @@ static __attribute__((noinline)) void group_tile(const T* codes, const Numbers<T
         for (int i = 0; i < V; ++i) acc[r][i] = fma(xr, c[i], acc[r][i]);
       }
     }
-    const Vec<T> unit = set1(T(code_unit<F>(t)));
+    const Vec<T> unit = set1(T(units[t]));
     FW_UNROLL
     for (int i = 0; i < V; ++i) {
       const Vec<T> scale = load(p[i / C].scale + i % C * L) * unit;
@@ -89,66 +91,64 @@ static __attribute__((noinline)) void group_tile(const T* codes, const Numbers<T
 
 // The same for one row, straight from the packed lines.
 template <Format F>
-static void group_row(const uint8_t* lines, const Parameters& p, int64_t quarter, const float* x, float x_sum,
+static void group_row(const uint8_t* run, const Parameters& p, int64_t quarter, const float* x, float x_sum,
                       float* sums) {
   Vec<float> acc[kParts][4] = {};
-  constexpr int step = F == Format::int4 ? 2 : 1;
-  for (int64_t j = 0; j < quarter; j += step, lines += kLine) {
-    Words w[kParts];
+  for (int64_t j = 0; j < quarter; j += kRun<F>, run += kRunBytes<F>) {
     FW_UNROLL
-    for (int i = 0; i < kParts; ++i) w[i] = load_words(lines, i);
-    prefetch(lines + kAhead);
+    for (int64_t i = 0; i < kRunBytes<F>; i += kLine) prefetch(run + kAhead + i);
     FW_UNROLL
-    for (int half = 0; half < step; ++half) {
+    for (int u = 0; u < kRun<F>; ++u) {
+      Words w[kParts];
+      FW_UNROLL
+      for (int i = 0; i < kParts; ++i) w[i] = code_words<F>(run, u, i);
       FW_UNROLL
       for (int t = 0; t < 4; ++t) {
-        const Vec<float> xt = set1(x[t * quarter + j + half]);
+        const Vec<float> xt = set1(x[t * quarter + j + u]);
         FW_UNROLL
         for (int i = 0; i < kParts; ++i) {
-          acc[i][t] = fma(xt, __builtin_convertvector(code_at<F>(w[i], t), Vec<float>), acc[i][t]);
+          acc[i][t] = fma(xt, level_at<F>(w[i], t), acc[i][t]);
           keep_in_register(acc[i][t]);
         }
       }
-      FW_UNROLL
-      for (int i = 0; i < kParts; ++i) w[i] = shift_right(w[i], 4);
     }
   }
   FW_UNROLL
   for (int i = 0; i < kParts; ++i) {
     Vec<float> y = load(sums + i * kWords);
     FW_UNROLL
-    for (int t = 0; t < 4; ++t) y = fma(p.scale[i] * code_unit<F>(t), acc[i][t], y);
+    for (int t = 0; t < 4; ++t) y = fma(p.scale[i] * level_unit<F>(t), acc[i][t], y);
     store(sums + i * kWords, fma(p.minimum[i], set1(x_sum), y));
   }
 }
 
-template <Format F, typename T, int S, int R>
-FW_INLINE void panel_rows(const MatmulArgs& a, const T* codes, const Numbers<T>* p, int64_t row, int64_t g,
-                          int64_t rows, T* sums) {
+template <typename T, int S, int R>
+FW_INLINE void panel_rows(const MatmulArgs& a, const T* levels, const float* units, const Numbers<T>* p, int64_t row,
+                          int64_t g, int64_t rows, T* sums) {
   if constexpr (R > 0) {
-    if (rows != R) return panel_rows<F, T, S, R - 1>(a, codes, p, row, g, rows, sums);
+    if (rows != R) return panel_rows<T, S, R - 1>(a, levels, units, p, row, g, rows, sums);
     const Weight& w = a.weight;
     const T* x = static_cast<const T*>(a.x.values) + panel_offset(a.M, w.groups, row, g, w.group);
     const T* x_sums = static_cast<const T*>(a.x.sums) + panel_offset(a.M, w.groups, row, g, 1);
-    group_tile<F, T, R, S>(codes, p, w.group / 4, x, x_sums, sums);
+    group_tile<T, R, S>(levels, units, p, w.group / 4, x, x_sums, sums);
   }
 }
 
 // S strips from `strip` on times the rows [row, row + rows).
 template <Format F, typename T, int S>
-static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t strip, T* sums, T* codes) {
+static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t strip, T* sums, T* levels) {
   const Weight& w = a.weight;
+  constexpr float units[4] = {level_unit<F>(0), level_unit<F>(1), level_unit<F>(2), level_unit<F>(3)};
   Numbers<T> p[S];
-  const uint8_t* lines = w.packed + strip * w.strip_bytes;
-  for (int64_t g = 0; g < w.groups; ++g, lines += w.group_bytes) {
+  for (int64_t g = 0; g < w.groups; ++g) {
     for (int s = 0; s < S; ++s) {
-      const uint8_t* of_strip = lines + s * w.strip_bytes;
-      numbers(of_strip + w.group_bytes - kLine, &p[s]);
-      unpack_group<F, T>(of_strip, w.group, codes + s * w.group * kStrip);
+      const uint8_t* of_strip = w.packed + (strip + s) * w.strip_bytes;
+      numbers(load_parameters<F>(w, of_strip, g), &p[s]);
+      unpack_group<F, T>(lines_of<F>(w, of_strip, g), w.group, levels + s * w.group * kStrip);
     }
     for (int64_t m = 0; m < rows; m += kFloatRows) {
       const int64_t R = rows - m < kFloatRows ? rows - m : kFloatRows;
-      panel_rows<F, T, S, int(kFloatRows)>(a, codes, p, row + m, g, R, sums + m * kStrip);
+      panel_rows<T, S, int(kFloatRows)>(a, levels, units, p, row + m, g, R, sums + m * kStrip);
     }
   }
 }
@@ -156,9 +156,9 @@ static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t s
 template <Format F>
 static void run_row(const MatmulArgs& a, int64_t strip, float* sums) {
   const Weight& w = a.weight;
-  const uint8_t* lines = w.packed + strip * w.strip_bytes;
-  for (int64_t g = 0; g < w.groups; ++g, lines += w.group_bytes)
-    group_row<F>(lines, load_parameters(lines + w.group_bytes - kLine), w.group / 4,
+  const uint8_t* of_strip = w.packed + strip * w.strip_bytes;
+  for (int64_t g = 0; g < w.groups; ++g)
+    group_row<F>(lines_of<F>(w, of_strip, g), load_parameters<F>(w, of_strip, g), w.group / 4,
                  static_cast<const float*>(a.x.values) + g * w.group, static_cast<const float*>(a.x.sums)[g], sums);
 }
 
@@ -169,7 +169,7 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
   const bool row_form = a.M == 1 && sizeof(T) == 4;
   Scratch scratch(Scratch::take_bytes<T>(S * kRowBlock * kStrip) + Scratch::take_bytes<T>(S * w.group * kStrip));
   T* sums = scratch.take<T>(S * kRowBlock * kStrip);
-  T* codes = scratch.take<T>(S * w.group * kStrip);
+  T* levels = scratch.take<T>(S * w.group * kStrip);
   for (int64_t task = begin; task < end;) {
     const int64_t row = task / w.strips * kRowBlock, strip = task % w.strips;
     const int64_t rows = a.M - row < kRowBlock ? a.M - row : kRowBlock;
@@ -180,9 +180,9 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
     if (row_form) {
       if constexpr (sizeof(T) == 4) run_row<F>(a, strip, sums);
     } else if (at_once == S) {
-      run_strips<F, T, S>(a, row, rows, strip, sums, codes);
+      run_strips<F, T, S>(a, row, rows, strip, sums, levels);
     } else {
-      run_strips<F, T, 1>(a, row, rows, strip, sums, codes);
+      run_strips<F, T, 1>(a, row, rows, strip, sums, levels);
     }
     for (int64_t s = 0; s < at_once; ++s) finish_strip<T>(a, sums + s * kRowBlock * kStrip, row, rows, strip + s);
     task += at_once;
@@ -190,9 +190,9 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
 }
 
 void matmul_float(const MatmulArgs& a, int64_t begin, int64_t end) noexcept {
-  const bool wide = a.element == Element::f64, int4 = a.weight.format == Format::int4;
-  if (wide) return int4 ? run<Format::int4, double>(a, begin, end) : run<Format::int8, double>(a, begin, end);
-  return int4 ? run<Format::int4, float>(a, begin, end) : run<Format::int8, float>(a, begin, end);
+  with_format(a.weight.format, [&]<Format F>(FormatTag<F>) {
+    a.element == Element::f64 ? run<F, double>(a, begin, end) : run<F, float>(a, begin, end);
+  });
 }
 
 }  // namespace fastweights::quantization::FW_LEVEL

@@ -7,16 +7,27 @@
 
 namespace fastweights::quantization::FW_LEVEL {
 
-// The words with codes 4q .. 4q + 3, as bytes. Unpacked: one line per q. Packed int4: two q share a line.
-template <Format F, bool Packed>
-FW_INLINE Words quartet(const uint8_t* lines, int64_t q, int part) {
-  if constexpr (F == Format::int4 && Packed) {
-    const Words w = load_words(lines + (q >> 1) * kLine, part);
-    return shift_right(w, 4 * int(q & 1)) & 0x0f0f0f0f;
-  } else {
-    return load_words(lines + q * kLine, part);
-  }
-}
+// What a tile reads its bytes from, a run of quartets at a time: the packed codes of a format,
+template <Format F, int Quartets>
+struct Packed {
+  static constexpr Bytes bytes = kBytes<F>;
+  static constexpr int quartets = Quartets;
+  static constexpr int run = kRun<F>;
+  static constexpr int64_t run_bytes = kRunBytes<F>;
+  static constexpr bool streamed = true;
+  FW_INLINE Words at(const uint8_t* lines, int u, int part) { return code_bytes<F>(lines, u, part); }
+};
+
+// or lines with a quartet each.
+template <Bytes B, int Quartets>
+struct Unpacked {
+  static constexpr Bytes bytes = B;
+  static constexpr int quartets = Quartets;
+  static constexpr int run = 2;
+  static constexpr int64_t run_bytes = 2 * kLine;
+  static constexpr bool streamed = false;
+  FW_INLINE Words at(const uint8_t* lines, int u, int part) { return load_words(lines + u * kLine, part); }
+};
 
 // Strips that many rows meet at once: as many as fill the registers with accumulators.
 #if defined(__AVX512F__) || defined(FW_WIDE)
@@ -34,12 +45,11 @@ struct Group {
 };
 
 // sums += the group times one panel of R rows.
-template <Format F, bool Packed, int R, int S>
+template <typename Source, int R, int S>
 static __attribute__((noinline)) void group_tile(const Group& group, const int8_t* codes, const float* scales,
                                                  const int32_t* code_sums, const float* group_sums, int64_t row) {
-  using D = Dot<F>;
+  using D = Dot<Source::bytes>;
   constexpr int V = S * kParts;
-  constexpr int64_t line_inputs = F == Format::int4 && Packed ? 8 : 4;
   const uint8_t* lines = group.lines;
   Vec<float> part[R][V] = {};
   for (int64_t b = 0; b < group.blocks; ++b) {
@@ -49,18 +59,18 @@ static __attribute__((noinline)) void group_tile(const Group& group, const int8_
       FW_UNROLL
       for (int i = 0; i < V; ++i) acc[r][i] = D::start(code_sums[b * R + r]);
     }
-    // Two quartets at a time, a line of nibbles; unrolled further, the loads are hoisted and the accumulators spill.
+    // One run at a time; unrolled further, the loads are hoisted and the accumulators spill.
 #pragma GCC unroll 1
-    for (int q2 = 0; q2 < kBlock / 4; q2 += 2) {
+    for (int q = 0; q < Source::quartets; q += Source::run, lines += Source::run_bytes) {
       FW_UNROLL
-      for (int q = q2; q < q2 + 2; ++q) {
+      for (int u = 0; u < Source::run; ++u) {
         Words w[V];
         FW_UNROLL
-        for (int i = 0; i < V; ++i) w[i] = quartet<F, Packed>(lines + i / kParts * group.stride, q, i % kParts);
+        for (int i = 0; i < V; ++i) w[i] = Source::at(lines + i / kParts * group.stride, u, i % kParts);
         FW_UNROLL
         for (int r = 0; r < R; ++r) {
           int32_t four;
-          __builtin_memcpy(&four, codes + (q * R + r) * 4, 4);
+          __builtin_memcpy(&four, codes + ((q + u) * R + r) * 4, 4);
           const Words x = set1(four);
           FW_UNROLL
           for (int i = 0; i < V; ++i) {
@@ -78,11 +88,11 @@ static __attribute__((noinline)) void group_tile(const Group& group, const int8_
         part[r][i] = fma(__builtin_convertvector(D::finish(acc[r][i]), Vec<float>), scale, part[r][i]);
       }
     }
-    lines += kBlock / line_inputs * kLine;
-    codes += kBlock * R;
-    if constexpr (Packed) {
+    codes += 4 * Source::quartets * R;
+    if constexpr (Source::streamed) {
       FW_UNROLL
-      for (int64_t i = 0; i < kBlock / line_inputs; ++i) prefetch(lines + kAhead + i * kLine);
+      for (int64_t i = 0; i < Source::quartets / Source::run * Source::run_bytes; i += kLine)
+        prefetch(lines + kAhead + i);
     }
   }
   FW_UNROLL
@@ -97,66 +107,77 @@ static __attribute__((noinline)) void group_tile(const Group& group, const int8_
   }
 }
 
+// The parameters of a group for sums of integers.
+template <Format F>
+FW_INLINE Parameters image_parameters(const Weight& w, const uint8_t* strip, int64_t g) {
+  Parameters p = load_parameters<F>(w, strip, g);
+  FW_UNROLL
+  for (int i = 0; i < kParts; ++i) p.scale[i] *= image_unit<F>();
+  return p;
+}
+
 // The codes of a group as bytes; the group behind it is on its way while many rows meet this one.
 template <Format F>
-static void unpack_group(const Weight& w, const uint8_t* lines, uint8_t* out) {
-  for (int64_t q = 0; q < w.group / 4; q += 2) {
-    prefetch(lines + w.group_bytes + q / 2 * kLine);
+static void unpack_group(const Weight& w, const uint8_t* run, uint8_t* out) {
+  for (int64_t k = 0; k < w.group; k += 4 * kRun<F>, run += kRunBytes<F>, out += kRun<F> * kLine) {
+    FW_UNROLL
+    for (int64_t i = 0; i < kRunBytes<F>; i += kLine) prefetch(run + w.group_bytes + i);
     FW_UNROLL
     for (int i = 0; i < kParts; ++i) {
-      store(reinterpret_cast<int32_t*>(out + q * kLine) + i * kWords, quartet<F, true>(lines, q, i));
-      store(reinterpret_cast<int32_t*>(out + (q + 1) * kLine) + i * kWords, quartet<F, true>(lines, q + 1, i));
+      FW_UNROLL
+      for (int u = 0; u < kRun<F>; ++u) {
+        store(reinterpret_cast<int32_t*>(out + u * kLine) + i * kWords, code_bytes<F>(run, u, i));
+      }
     }
   }
 }
 
 // Rows [row, row + rows) of x, a panel, of which `local` is the first one's number in its block of rows.
-template <Format F, bool Packed, int S, int R>
+template <typename Source, int S, int R>
 FW_INLINE void panel_rows(const MatmulArgs& a, const Group& group, int64_t row, int64_t local, int64_t g,
                           int64_t rows) {
   if constexpr (R > 0) {
-    if (rows != R) return panel_rows<F, Packed, S, R - 1>(a, group, row, local, g, rows);
+    if (rows != R) return panel_rows<Source, S, R - 1>(a, group, row, local, g, rows);
     const Weight& w = a.weight;
     const int64_t block = panel_offset(a.M, w.groups, row, g, group.blocks);
-    group_tile<F, Packed, R, S>(group, a.x.codes + panel_offset(a.M, w.groups, row, g, w.group), a.x.scales + block,
-                                a.x.code_sums + block,
-                                static_cast<const float*>(a.x.sums) + panel_offset(a.M, w.groups, row, g, 1), local);
+    group_tile<Source, R, S>(group, a.x.codes + panel_offset(a.M, w.groups, row, g, w.group), a.x.scales + block,
+                             a.x.code_sums + block,
+                             static_cast<const float*>(a.x.sums) + panel_offset(a.M, w.groups, row, g, 1), local);
   }
 }
 
-// S strips from `strip` on times the rows [row, row + rows).
-template <Format F, int S>
+// S strips from `strip` on times the rows [row, row + rows). A source that is not of this format reads what
+// unpack_group makes of the strips, unless their lines are bytes already.
+template <Format F, typename Source, int S>
 static void run_strips(const MatmulArgs& a, int64_t row, int64_t rows, int64_t strip, float* sums, uint8_t* bytes) {
+  constexpr bool unpack = Source::run_bytes * kRun<F> != kRunBytes<F> * Source::run;
   const Weight& w = a.weight;
-  const bool unpack = F == Format::int4 && a.M > kIntRows;
   const int64_t unpacked = w.group * kStrip;
+  const uint8_t* first = w.packed + strip * w.strip_bytes;
   Parameters parameters[S];
   for (int s = 0; s < S; ++s) {
     for (int64_t i = 0; i < rows * kStrip; ++i) sums[s * kRowBlock * kStrip + i] = 0.0f;
   }
-  const uint8_t* lines = w.packed + strip * w.strip_bytes;
-  for (int64_t g = 0; g < w.groups; ++g, lines += w.group_bytes) {
+  for (int64_t g = 0; g < w.groups; ++g) {
     for (int s = 0; s < S; ++s) {
-      const uint8_t* of_strip = lines + s * w.strip_bytes;
-      parameters[s] = load_parameters(of_strip + w.group_bytes - kLine);
-      if (unpack) unpack_group<F>(w, of_strip, bytes + s * unpacked);
+      const uint8_t* of_strip = first + s * w.strip_bytes;
+      parameters[s] = image_parameters<F>(w, of_strip, g);
+      if constexpr (unpack) unpack_group<F>(w, lines_of<F>(w, of_strip, g), bytes + s * unpacked);
     }
-    const Group group{unpack ? bytes : lines, unpack ? unpacked : w.strip_bytes, w.group / kBlock, parameters, sums};
+    const Group group{unpack ? bytes : lines_of<F>(w, first, g), unpack ? unpacked : w.strip_bytes,
+                      w.group / (4 * Source::quartets), parameters, sums};
     for (int64_t m = 0; m < rows; m += kIntRows) {
       const int64_t R = rows - m < kIntRows ? rows - m : kIntRows;
-      if (unpack) {
-        panel_rows<F, false, S, kIntRows>(a, group, row + m, m, g, R);
-      } else {
-        panel_rows<F, true, S, kIntRows>(a, group, row + m, m, g, R);
-      }
+      panel_rows<Source, S, kIntRows>(a, group, row + m, m, g, R);
     }
   }
   for (int s = 0; s < S; ++s) finish_strip<float>(a, sums + s * kRowBlock * kStrip, row, rows, strip + s);
 }
 
-template <Format F>
+template <Format F, int Quartets>
 static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
   constexpr int S = kStripsAtOnce;
+  using Bytes = Unpacked<kBytes<F>, Quartets>;
   const Weight& w = a.weight;
   Scratch scratch(Scratch::take_bytes<float>(S * kRowBlock * kStrip) +
                   Scratch::take_bytes<uint8_t>(S * w.group * kStrip));
@@ -167,17 +188,23 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
     const int64_t rows = a.M - row < kRowBlock ? a.M - row : kRowBlock;
     // A few rows read the weight as fast as memory gives it, one stream at a time.
     if (rows > kIntRows && end - task >= S && w.strips - strip >= S) {
-      run_strips<F, S>(a, row, rows, strip, sums, bytes);
+      run_strips<F, Bytes, S>(a, row, rows, strip, sums, bytes);
       task += S;
     } else {
-      run_strips<F, 1>(a, row, rows, strip, sums, bytes);
+      a.M > kIntRows ? run_strips<F, Bytes, 1>(a, row, rows, strip, sums, bytes)
+                     : run_strips<F, Packed<F, Quartets>, 1>(a, row, rows, strip, sums, bytes);
       task += 1;
     }
   }
 }
 
 void matmul_int8(const MatmulArgs& a, int64_t begin, int64_t end) noexcept {
-  a.weight.format == Format::int4 ? run<Format::int4>(a, begin, end) : run<Format::int8>(a, begin, end);
+  with_format(a.weight.format, [&]<Format F>(FormatTag<F>) {
+    if constexpr (takes_small_groups(F)) {
+      if (a.weight.group == kSmallGroup) return run<F, int(kSmallGroup) / 4>(a, begin, end);
+    }
+    if constexpr (takes_int8(F)) run<F, kQuartets<F>>(a, begin, end);
+  });
 }
 
 }  // namespace fastweights::quantization::FW_LEVEL

@@ -7,6 +7,7 @@
 
 #include "core/cpu_level.h"
 #include "quantization/kernel.h"
+#include "quantization/ops_weight.h"
 
 namespace fastweights::quantization {
 
@@ -14,7 +15,9 @@ namespace fastweights::quantization {
 class PackedActivations {
  public:
   PackedActivations(bool quantized, bool wide, int64_t M, const Weight& w) {
-    const int64_t Kp = w.groups * w.group, blocks = Kp / kBlock, element = wide ? 8 : 4;
+    check(!quantized || takes_int8(w.format), "quantized_linear", "expected activation float for format ",
+          format_name(w.format), ", got int8");
+    const int64_t Kp = w.groups * w.group, blocks = Kp / block_of(w.group), element = wide ? 8 : 4;
     const int64_t sums = round_up(M * w.groups * element);
     const int64_t values = round_up(M * Kp * (quantized ? 1 : element));
     const int64_t scales = quantized ? round_up(M * blocks * 4) : 0;

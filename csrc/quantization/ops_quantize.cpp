@@ -22,7 +22,7 @@ Tensor quantize_op(const Tensor& w, const std::string& format, int64_t group_siz
   parallel_tasks(weight.strips, 100.0 * double(kStrip * weight.K),
                  [&](int64_t begin, int64_t end) { FW_KERNEL(quantize)(args, begin, end); });
   weight.packed = out;
-  check_finite(op, "finite w within the range of float16", weight);
+  check_finite(op, stores_float16(weight) ? "finite w within the range of float16" : "finite w", weight);
   return packed;
 }
 

@@ -59,7 +59,7 @@ def test_quantized_models_are_saved_packed(recipe, tmp_path, tokenizer):
     assert again.lm_head.packed.data_ptr() == again.model.embed_tokens.packed.data_ptr()
     (tmp_path / "fastweights.json").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
-    config["fastweights"]["quantized"][0]["format"] = "int3"
+    config["fastweights"]["quantized"][0]["format"] = "int7"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"the entry quantized of config\.json is damaged"):
         fw.load(tmp_path)

@@ -247,6 +247,24 @@ def test_bad_options(options, message):
         GPTQ(**options)
 
 
+def test_a_format_without_a_grid_is_refused():
+    w = torch.randn(16, 64)
+    with pytest.raises(ValueError, match=r"gptq: expected format in .*'int4', .* got 'nf4'"):
+        packed(w, torch.eye(64), "nf4")
+    with pytest.raises(ValueError, match=r"gptq: expected format in \['int2', .* got 'int4_sym'"):
+        packed(w, torch.eye(64), "int4_sym", static_groups=False)
+
+
+@pytest.mark.parametrize(
+    "format", ["int2", "int3", "int5", "int6", "int8", "int4_sym", "int4_zp", "q6_k", "q4_k"]
+)
+def test_every_grid(format):
+    w, h = correlated(48, 200)
+    group_size = {"q6_k": 16}.get(format, 32)
+    plain = dequantize(quantize(w, format, group_size=group_size))
+    assert loss(w, packed(w, h, format, group_size), h) < 0.8 * loss(w, plain, h)
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [

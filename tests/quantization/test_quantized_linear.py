@@ -5,20 +5,28 @@ import torch
 
 import fastweights as fw
 from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.formats import FORMATS
+from fastweights.ops.quantization.spec import KINDS
 from fastweights.ops.quantization.tensor import packed_shape
 from fastweights.testing import assert_close, assert_equal, available_cpu_levels, cpu_level
 
-MODES = [(f, a) for f in ("int4", "int8") for a in ("float", "int8")]
+MODES = [(name, a) for name in KINDS for a in FORMATS[name].activations]
 
 
-def weight(n, k, format="int4", group_size=64, activation="float"):
+def weight(n, k, format="int4", group_size=None, activation="float"):
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
     return fw.quantize(w, format, group_size=group_size, activation=activation)
 
 
-@pytest.mark.parametrize(("format", "activation"), MODES)
-def test_a_row_is_the_same_bits_in_any_batch(format, activation):
-    qt = weight(40, 200, format, 64, activation)
+SMALL = [("int2", "float"), ("int4", "int8"), ("int6", "int8"), ("int8", "int8")]
+
+
+@pytest.mark.parametrize(
+    ("format", "activation", "group_size"),
+    [(*mode, None) for mode in MODES] + [(*mode, 16) for mode in SMALL],
+)
+def test_a_row_is_the_same_bits_in_any_batch(format, activation, group_size):
+    qt = weight(88, 200, format, group_size, activation)
     x = torch.randn(130, 200)
     for level in available_cpu_levels():
         with cpu_level(level):
@@ -29,14 +37,16 @@ def test_a_row_is_the_same_bits_in_any_batch(format, activation):
 
 @pytest.mark.parametrize(("format", "activation"), MODES)
 def test_large_products_split_over_threads(format, activation):
-    qt = weight(600, 500, format, 64, activation)
+    qt = weight(600, 500, format, activation=activation)
     x = torch.randn(70, 500)
     assert_close(
         fw.quantized_linear(x, qt), reference.quantized_linear(x.double(), qt), tolerance=2e-5
     )
     dy = torch.randn(70, 600)
-    got = torch.ops.fastweights.quantized_linear_backward(dy, qt.packed, format, 600, 500, 64)
-    assert_close(got, dy.double() @ reference.dequantize(qt, torch.float64), tolerance=2e-6)
+    got = torch.ops.fastweights.quantized_linear_backward(
+        dy, qt.packed, format, 600, 500, qt.group_size
+    )
+    assert_close(got, dy.double() @ reference.dequantize(qt, torch.float64), tolerance=4e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -44,7 +54,7 @@ def test_large_products_split_over_threads(format, activation):
 def test_a_bad_number_reaches_its_row_and_no_other(format, activation, bad):
     x = torch.randn(6, 100)
     x[3, 70] = bad
-    qt = weight(20, 100, format, 32, activation)
+    qt = weight(20, 100, format, activation=activation)
     y = fw.quantized_linear(x, qt)
     assert not y[3].isfinite().any()
     keep = torch.arange(6) != 3
@@ -67,6 +77,21 @@ def test_extreme_codes_do_not_saturate():
             x = torch.full((5, 64), sign)
             expected = reference.quantized_linear(x.double(), qt)
             assert_close(fw.quantized_linear(x, qt), expected, tolerance=1e-6)
+
+
+def test_the_code_of_no_opposite_is_exact():
+    # -128 is not written here, but files of GPTQ and Q8_0 hold it.
+    codes = torch.full((16, 2, 32), -128).to(torch.uint8)
+    codes[3, :, ::2] = 127
+    scale = torch.ones(16, 2, 1)
+    qt = reference.pack(codes, scale, None, "int8_sym", (16, 64), "int8")
+    x = torch.tensor([[127.0], [-127.0]]).repeat(3, 64)
+    x[:, 5::2] *= -1
+    expected = reference.quantized_linear(x.double(), qt)
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            for rows in (1, 6):
+                assert_close(fw.quantized_linear(x[:rows], qt), expected[:rows], tolerance=1e-6)
 
 
 def test_only_the_packed_weight_is_saved():

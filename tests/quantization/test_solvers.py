@@ -415,7 +415,7 @@ def test_bad_rules():
     for call in (lambda: RoundToNearest("best"), lambda: round_to_nearest(torch.eye(4), rule="x")):
         with pytest.raises(ValueError, match=r"expected rule in \['search', 'minmax', 'mse'\]"):
             call()
-    with pytest.raises(ValueError, match="quantize: expected format in"):
+    with pytest.raises(ValueError, match="expected format in"):
         round_to_nearest(torch.eye(4), "int1", rule="mse")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastweights._cli.terminal import existing, output_folder, read_texts, say
+from fastweights.ops.quantization.formats import ALIASES, FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,20 +28,24 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     p = commands.add_parser(
         "quantize",
-        help="store a model's linear layers in 4 or 8 bits",
+        help="store a model's linear layers in few bits",
         description="Quantize the linear layers of a model and write it as a new folder.",
     )
     p.add_argument(
         "model", metavar="DIR", help="a model folder, as `linearize` writes it, or a .gguf file"
     )
     p.add_argument(
-        "--format", choices=("int4", "int8"), default="int4", help="of the weights (default: int4)"
+        "--format",
+        choices=(*FORMATS, *ALIASES),
+        default="int4",
+        metavar="FORMAT",
+        help="of the weights, see docs/quantization.md (default: int4)",
     )
     p.add_argument(
         "--group-size",
         type=int,
         metavar="N",
-        help="inputs that share a scale (default: the format's, 64)",
+        help="inputs that share a scale (default: the format's, such as 64)",
     )
     p.add_argument(
         "--activation",

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from fastweights.ops.quantization.tensor import ACTIVATIONS, FORMATS, QuantizedTensor, packed_shape
+from fastweights.ops.quantization.tensor import ACTIVATIONS, QuantizedTensor, packed_shape
 
 _SETTINGS = ("format", "group_size", "activation")
 
@@ -50,7 +51,7 @@ def prepare_quantized(model: nn.Module, description: Any) -> set[str]:
             ordered = entry.get("ordered", False)
             known = form in FORMATS and activation in ACTIVATIONS and type(group_size) is int
             known = known and type(ordered) is bool
-            if not known or group_size < 1 or group_size % 32:
+            if not known or not FORMATS[form].accepts(group_size):
                 raise ValueError(f"unknown settings {settings}")
             for names in entry["modules"]:
                 _replace(model, names, form, group_size, activation, ordered)

@@ -10,13 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.gptq_block import gptq_block
+from fastweights.ops.quantization.layout import pack, unpack, unpack_parameters, with_codes
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.calibrate import Solver
 from fastweights.quantization.round_to_nearest import (
+    check_grid,
     check_rule,
-    code_range,
     round_to_nearest,
 )
 from fastweights.quantization.walk import Block
@@ -138,7 +139,7 @@ class GPTQ(Solver):
         Args:
             w: ``[N, K]``, finite.
             factor: from `factor`, with the same group size.
-            format: see `fastweights.quantize`, as are the rest.
+            format: see `fastweights.quantize`, as are the rest; one with evenly spaced levels.
             group_size: inputs per scale.
             activation: "float" or "int8".
 
@@ -152,23 +153,29 @@ class GPTQ(Solver):
             raise ValueError(
                 f"gptq: expected a hessian of shape [{k}, {k}], got {list(factor.u.shape)}"
             )
+        check_grid("gptq", format, free=not self.static_groups)
+        form = FORMATS[format]
         w = w.detach().float()
         gathered = self.act_order and not (self.static_groups or self.group_aware)
         fit = partial(
             round_to_nearest, format=format, group_size=group_size, activation=activation,
             rule=self.rule,
         )  # fmt: skip
-        codes, scale, minimum = reference.unpack(fit(w))
+        found = fit(w)
+        codes, scale, minimum = unpack(found)
         rounded, _ = round_columns(
             w,
             factor,
             scale[..., 0],
             minimum[..., 0],
-            code_range(format),
-            refit=None if self.static_groups else lambda now: _grid(fit(now)),
+            form.extent,
+            refit=None if self.static_groups else lambda now: unpack_parameters(fit(now)),
         )
-        codes.flatten(1)[:, :k] = rounded if gathered else rounded[:, factor.order.argsort()]
-        packed = reference.pack(codes, scale, minimum, format, (n, k), activation)
+        rounded = rounded if gathered else rounded[:, factor.order.argsort()]
+        codes.flatten(1)[:, :k] = form.encode(rounded)
+        if self.static_groups:
+            return with_codes(found, codes), None
+        packed = pack(codes, scale, minimum, format, (n, k), activation)
         return packed, factor.order if gathered else None
 
     def _moments(self, block: Block, name: str) -> tuple[Tensor, Tensor | None]:
@@ -256,11 +263,6 @@ def round_columns(
             w[:, rest].addmm_(values, p[here, rest], alpha=-1)
         loss += 0.5 * float(errors.double().square().sum())
     return codes, loss
-
-
-def _grid(fitted: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    _, scale, minimum = reference.unpack(fitted)
-    return scale, minimum
 
 
 def _by_moment(moments: Tensor, width: int) -> Tensor:

@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization import reference
+from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.functional import quantize
-from fastweights.ops.quantization.tensor import ACTIVATIONS, FORMATS, QuantizedTensor
+from fastweights.ops.quantization.layout import pack
+from fastweights.ops.quantization.tensor import ACTIVATIONS, QuantizedTensor
 from fastweights.quantization.calibrate import Solver
 from fastweights.quantization.walk import Block
 
-__all__ = ["RULES", "RoundToNearest", "code_range", "minmax_grid", "round_to_nearest"]
+__all__ = ["RULES", "RoundToNearest", "minmax_grid", "round_to_nearest"]
 
 RULES = ("search", "minmax", "mse")
 """Ways to find a group's scale and minimum."""
@@ -74,24 +75,20 @@ def round_to_nearest(
         ValueError: an unknown format, activation or rule.
     """
     check_rule("round_to_nearest", rule)
-    if rule == "search" or format not in FORMATS or activation not in ACTIVATIONS:
+    if rule == "search" or activation not in ACTIVATIONS:
         return quantize(w, format, group_size=group_size, activation=activation)
-    n, k = w.shape
-    group_size = 64 if group_size is None else group_size
+    check_grid("round_to_nearest", format, free=True)
+    form, (n, k) = FORMATS[format], w.shape
+    group_size = form.group_size if group_size is None else group_size
     missing = -k % group_size
     groups = torch.nn.functional.pad(w.detach().float(), (0, missing))
     groups = groups.unflatten(1, (-1, group_size))  # zeros change no range: 0 is inside anyway
-    extent = code_range(format)
-    scale, minimum = (t.half().float() for t in minmax_grid(groups, extent, mse=rule == "mse"))
-    codes = nearest_codes(groups, scale, minimum, extent)
+    grid = minmax_grid(groups, form.extent, mse=rule == "mse")
+    scale, minimum = (t.half().float() for t in grid)
+    codes = nearest_codes(groups, scale, minimum, form.extent)
     if missing:
         codes[:, -1, group_size - missing :] = 0
-    return reference.pack(codes, scale, minimum, format, (n, k), activation)
-
-
-def code_range(format: str) -> tuple[float, float]:
-    """Least and largest code of a format: a weight is ``scale * code + minimum``."""
-    return reference.CODES[format]
+    return pack(form.encode(codes), scale, minimum, format, (n, k), activation)
 
 
 def minmax_grid(
@@ -145,6 +142,21 @@ def check_rule(name: str, rule: str) -> None:
     """Raises unless `rule` is one of `RULES`."""
     if rule not in RULES:
         raise ValueError(f"{name}: expected rule in {list(RULES)}, got {rule!r}")
+
+
+def check_grid(name: str, format: str, *, free: bool) -> None:
+    """Raises unless the levels of a format are evenly spaced.
+
+    Args:
+        name: who asks.
+        format: in question.
+        free: whether any scale and minimum must do.
+    """
+    known = [f for f, form in FORMATS.items() if form.is_grid]
+    if free:
+        known = [f for f in known if FORMATS[f].parameters == "scale+minimum"]
+    if format not in known:
+        raise ValueError(f"{name}: expected format in {sorted(known)}, got {format!r}")
 
 
 def _error(w: Tensor, scale: Tensor, minimum: Tensor, extent: tuple[float, float]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastweights.ops.quantization.formats import resolve
 from fastweights.ops.quantization.functional import quantize
 from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from fastweights.ops.quantization.tensor import QuantizedTensor
@@ -47,13 +48,13 @@ def quantize_(
 
     Args:
         model: any module.
-        format: "int4" or "int8".
-        group_size: inputs per scale, a multiple of 32; None means 64.
+        format: see `fastweights.quantize`.
+        group_size: inputs per scale; None means the format's own.
         activation: "float" or "int8", see `fastweights.quantized_linear`.
         skip: names (a layer is skipped if its qualified name equals one or ends with "." + one), or
             a predicate ``skip(qualified_name, module)``.
-        embedding_format: "int8" or "int4" to quantize embeddings, and linear layers tied to them
-            whatever `skip` says of those.
+        embedding_format: "int8" or another format to quantize embeddings, and linear layers tied to
+            them whatever `skip` says of those.
         solver: `GPTQ`, `AWQ`, `SmoothQuantPlus` or `RoundToNearest` of `fastweights.quantization`,
             for all that is not an embedding or tied to one; None rounds to nearest, as `quantize`
             does. It goes through the model block by block (the entries of its `nn.ModuleList`s,
@@ -88,11 +89,9 @@ def quantize_(
             "quantize_: expected a model with nn.Linear layers that are not skipped, got none"
         )
     if solver is not None:
-        _solve(model, plan, solver, calibration, tokenizer, checkpoint, progress, {
-            "format": format,
-            "group_size": 64 if group_size is None else group_size,
-            "activation": activation,
-        })  # fmt: skip
+        name, width = resolve(format, group_size)
+        target = {"format": name, "group_size": width, "activation": activation}
+        _solve(model, plan, solver, calibration, tokenizer, checkpoint, progress, target)
     tables: dict[int, QuantizedTensor] = {}
     for names, table in plan:
         module = model.get_submodule(names[0])

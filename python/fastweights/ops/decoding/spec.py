@@ -150,7 +150,7 @@ SPECS = [
             _refused("states with 0 <= position", states=lambda s: [*s[:5], s[5] - 9, *s[6:]]),
             _refused(r"maps of shape \[HQ\]", maps=lambda m: [*m[:2], m[2][1:], *m[3:]]),
             _refused("packed of shape", vocab=999),
-            _refused("format int4 or int8", format="int5"),
+            _refused("format in int4, int8, ", format="int7"),
             _refused("activation int8 or float", activation="int2"),
         ],
         bench=[

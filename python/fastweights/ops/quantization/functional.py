@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits: `quantize`, `dequantize`, `quantized_linear`."""
+"""Weights of few bits: `quantize`, `dequantize`, `quantized_linear`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from torch import Tensor
 
 from fastweights.ops._common import needs_reference, refuse_double_backward, refuse_forward_ad
 from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.tensor import (
-    ACTIVATIONS,
-    FORMATS,
-    QuantizedTensor,
-    packed_shape,
-)
+from fastweights.ops.quantization.formats import FORMATS, resolve
+from fastweights.ops.quantization.tensor import ACTIVATIONS, QuantizedTensor, packed_shape
 
 __all__ = [
     "dequantize",
@@ -29,38 +25,60 @@ _ops = torch.ops.fastweights
 def quantize(
     w: Tensor, format: str, *, group_size: int | None = None, activation: str = "float"
 ) -> QuantizedTensor:
-    """Round a weight to 4 or 8 bits, without calibration.
+    """Round a weight to a format of few bits, without calibration.
 
-    Every group of `group_size` inputs of every output gets a float16 scale and minimum. For "int4"
-    they are searched: seven shrunk ranges, each refined by least squares for its codes, the one of
-    least squared error kept. A weight that lies on such a grid already (GGUF Q4_1 at group 32) is
-    reproduced exactly.
+    Every group of `group_size` inputs of every output gets a scale, in some formats a minimum; a
+    weight is ``scale * level + minimum``. docs/quantization.md has their errors and how to choose.
+
+    - "int2", "int3", "int4", "int5", "int6", "int8": levels from 0 (int8: -127 to 127), scale and
+      minimum in float16, both searched: seven shrunk ranges, each refined by least squares for its
+      levels, the one of least squared error kept ("int8": the plain range). A weight on such a grid
+      already (GGUF Q4_1: "int4" at 32; Q5_0, Q5_1: "int5") is reproduced.
+    - "int2_zp" to "int8_zp": scale and a zero point in float16, ``scale * (level - zero)``, by
+      GPTQ's rule: the levels span the weights and 0. "int2_zp32" to "int8_zp32": both in float32.
+    - "int4_sym", "int8_sym": levels -8..7 and -127..127 and no minimum, scale in float16 (GGUF Q4_0
+      and Q8_0).
+    - "q4_k", "q6_k": llama.cpp's super-blocks of 256 inputs, whose scales (and minima) per 32 and
+      per 16 inputs are 6 and 8 bits and share a float16.
+    - "q4_0", "q4_1", "q5_1", "q8_0": GGUF's names for "int4_sym", "int4", "int5" and "int8_sym"
+      with group_size 32.
+    - "nf4", "fp4": the code books of bitsandbytes, and its rounding; the scale is the largest
+      magnitude, in float32.
+    - "iq4_nl": llama.cpp's code book with a float16 scale, searched.
+    - "mxfp4": the OCP microscaling format: E2M1 levels, a power of two per 32 inputs, as its
+      standard says; halfway goes to the even mantissa.
+    - "fp8_e4m3": 8-bit floats with a float32 scale, which takes the largest magnitude to 448.
 
     Args:
         w: ``[N, K]``, any N and K; float32, bfloat16, float16 or float64, finite, magnitudes
-            within float16.
-        format: "int4" (4.5 bits per weight at group 64, 5 at group 32) or "int8" (8.5 at 64).
-        group_size: inputs per scale, a multiple of 32; None means 64.
+            within float16 where scales are.
+        format: one of the above.
+        group_size: inputs per scale, a multiple of 32, or 16 for integers of 2, 4, 6 or 8 bits that
+            have a minimum or zero point. None means 32 for "int4_sym", "int8_sym" and
+            "iq4_nl", else 64. "q4_k" and "mxfp4" have 32, "q6_k" has 16, and no other.
         activation: what `quantized_linear` will do with its input, see there. "float" is exact;
-            "int8" is the fast one for many rows.
+            "int8" is the fast one for many rows, which "fp8_e4m3" does not have.
 
     Returns:
         QuantizedTensor; it has no gradient to w.
 
     Raises:
-        ValueError: unknown format or activation.
-        RuntimeError: a w that is not a finite matrix, a group size that is no multiple of 32.
+        ValueError: unknown format or activation, or one that does not go with the other.
+        RuntimeError: a w that is not a finite matrix, a group size that the format does not have.
 
     Example:
         >>> import torch, fastweights as fw
         >>> qt = fw.quantize(torch.randn(48, 100), "int4", group_size=64)
         >>> y = fw.quantized_linear(torch.randn(3, 100), qt)
     """
-    if format not in FORMATS:
-        raise ValueError(f"quantize: expected format in {sorted(FORMATS)}, got {format!r}")
+    format, group_size = resolve(format, group_size)
     if activation not in ACTIVATIONS:
         raise ValueError(f"quantize: expected activation in {ACTIVATIONS}, got {activation!r}")
-    group_size = 64 if group_size is None else group_size
+    if activation not in FORMATS[format].activations:
+        raise ValueError(
+            f"quantize: expected activation in {FORMATS[format].activations} for format "
+            f"{format!r}, got {activation!r}"
+        )
     w = w.detach()
     if needs_reference(w):
         return reference.quantize(w, format, group_size=group_size, activation=activation)
@@ -108,11 +126,13 @@ def dequantize_rows(
 def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + bias`` with a quantized weight that is never written out.
 
-    With ``qt.activation == "float"`` x meets the exact ``scale * code + minimum`` in float32. With
-    "int8" every 32 inputs of a row of x are first rounded to multiples of their largest
-    magnitude / 127 (relative error about 0.4 %). Either way a row's result is the same bits for any
-    number of rows, and for any number of threads. The gradient to x is ``dy W`` (straight-through
-    for "int8"); it decodes panels of the packed weight, which is all that is saved.
+    With ``qt.activation == "float"`` x meets the exact ``scale * level + minimum`` in float32. With
+    "int8" every 32 inputs of a row of x (16 for "q6_k") are first rounded to multiples of their
+    largest magnitude / 127 (relative error about 0.4 %), and meet integers: "nf4" and "fp4" round
+    their levels to multiples of 1/127 and 1/96 for it (0.03 dB), the other formats are exact.
+    Either way a row's result is the same bits for any number of rows, and for any number of
+    threads. The gradient to x is ``dy W`` (straight-through for "int8"); it decodes panels of the
+    packed weight, which is all that is saved.
 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64 (computed in float32; in float64 for

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastweights.ops.quantization.formats import STRIP
 from fastweights.ops.quantization.functional import dequantize_rows, quantize, quantized_linear
-from fastweights.ops.quantization.tensor import STRIP, QuantizedTensor, packed_shape
+from fastweights.ops.quantization.layout import unpack_parameters
+from fastweights.ops.quantization.tensor import QuantizedTensor, packed_shape
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "fuse_linears"]
 
@@ -58,16 +61,14 @@ def _check_packed(packed: Tensor, like: QuantizedTensor, name: str) -> None:
             f"{list(like.shape)} with group_size {like.group_size}, got {packed.dtype} of shape "
             f"{list(packed.shape)}"
         )
-    groups = -(-like.shape[1] // like.group_size)
     if packed.is_meta or packed.numel() == 0:
         return
-    parameters = packed.unflatten(1, (groups, -1))[..., -4 * STRIP :].contiguous()
-    if not parameters.view(torch.float16).isfinite().all():
+    if not all(t.isfinite().all() for t in unpack_parameters(replace(like, packed=packed))):
         raise ValueError(f"{name}: expected finite scales and minima, got an infinite or NaN one")
 
 
 class QuantizedLinear(_Quantized):
-    """``y = x W^T + bias`` with W of 4 or 8 bits (`fastweights.quantized_linear`).
+    """``y = x W^T + bias`` with a quantized W (`fastweights.quantized_linear`).
 
     The weight is frozen; the gradient flows to x and to bias. state_dict: ``packed`` (uint8),
     ``bias`` and ``order`` if there are any; format, group size and activation are the

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastweights.ops.quantization import functional, gptq_block_spec, reference
+from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
 from fastweights.testing.peers import quantized_linear as peers
@@ -17,6 +18,22 @@ TOLERANCES = {
     torch.float16: Tolerance(output=7e-4, gradient=7e-4),
     torch.float64: Tolerance(output=1e-12, gradient=1e-12),
 }
+
+
+KINDS = [name for name in FORMATS if "_zp" not in name] + ["int4_zp", "int3_zp", "int8_zp32"]
+"""Every way to read codes and every way to read parameters, if not all their combinations."""
+
+# N, K, format, group size, rows of x: each format by one row, a few and many, with odd sizes.
+OTHERS = [
+    (n, k, name, FORMATS[name].group_size, rows)
+    for name in KINDS
+    if name not in ("int4", "int8")
+    for n, k, rows in ((37, 129, (1,)), (20, 150, (2, 2)), (33, 70, (61,)))
+] + [
+    (20, 150, name, 16, rows)
+    for name in ("int2", "int4", "int6", "int8")
+    for rows in ((1,), (2, 2), (61,))
+]
 
 
 def _weight(
@@ -41,7 +58,10 @@ def _linear_samples(activation: str, dtype: torch.dtype) -> list[Sample]:
         (20, 150, "int4", 64, (61,)),
         (20, 70, "int8", 32, (61,)),
         (20, 64, "int4", 64, (0, 3)),
+        *OTHERS,
     ):
+        if activation not in FORMATS[format].activations:
+            continue
         weight = _weight(n, k, format, group, activation)
         bias = _x(n, dtype=dtype, seed=2) if n != 16 else None
         calls.append(sample(_x(*rows, k, dtype=dtype), weight, bias))
@@ -53,6 +73,12 @@ def _samples(dtype: torch.dtype) -> list[Sample]:
     vector = sample(_x(40, dtype=dtype), _weight(0, 40, "int4", 32))
     int8 = _linear_samples("int8", dtype) if dtype != torch.float64 else []
     return [*_linear_samples("float", dtype), vector, *int8]
+
+
+def _gradcheck_calls() -> list[Sample]:
+    """Both first formats, and every other one with a few rows."""
+    calls = _linear_samples("float", torch.float64)
+    return calls[:6] + [call for call in calls[8:] if call.args[0].dim() == 3]
 
 
 def _raw(**changed: object) -> Tensor:
@@ -96,7 +122,12 @@ LINEAR_BAD = [
     BadInput(lambda: _raw(in_features=129), RuntimeError, r"expected packed of shape"),
     BadInput(lambda: _raw(format="int8"), RuntimeError, r"expected packed of shape"),
     BadInput(
-        lambda: _raw(format="int5"), RuntimeError, r"expected format int4 or int8, got 'int5'"
+        lambda: _raw(format="int7"), RuntimeError, r"expected format in int4, int8, .* got 'int7'"
+    ),
+    BadInput(
+        lambda: _raw(format="mxfp4"),
+        RuntimeError,
+        r"expected group_size 32 for format mxfp4, got 64",
     ),
     BadInput(
         lambda: _raw(group_size=-64), RuntimeError, r"expected group_size a positive multiple"
@@ -105,6 +136,11 @@ LINEAR_BAD = [
     BadInput(lambda: _raw(out_features=2**62), RuntimeError, r"expected 0 <= out_features < 2\^31"),
     BadInput(lambda: _raw(in_features=-1), RuntimeError, r"expected 0 <= in_features < 2\^31"),
     BadInput(lambda: _raw(activation="int4"), RuntimeError, r"expected activation int8 or float"),
+    BadInput(
+        lambda: _raw(format="fp8_e4m3", packed=_weight(48, 100, "fp8_e4m3", 64).packed),
+        RuntimeError,
+        r"expected activation float for format fp8_e4m3, got int8",
+    ),
     BadInput(
         lambda: _raw(packed=torch.zeros(3, 1152)), RuntimeError, r"expected packed of dtype uint8"
     ),
@@ -140,7 +176,7 @@ SPECS = [
         samples=_samples,
         tolerances=TOLERANCES,
         differentiable=("x", "bias"),
-        gradcheck=lambda: _linear_samples("float", torch.float64)[:6],
+        gradcheck=_gradcheck_calls,
         bad_inputs=LINEAR_BAD,
         bench=BENCH,
         peers=(peers.DENSE, peers.INT4PACK, peers.ONNXRUNTIME, peers.BITSANDBYTES),

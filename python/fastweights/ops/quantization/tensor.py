@@ -10,30 +10,26 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["ACTIVATIONS", "FORMATS", "QuantizedTensor", "packed_shape"]
+from fastweights.ops.quantization.formats import FORMATS, STRIP
 
-FORMATS = {"int4": 4, "int8": 8}
-"""Format name -> bits per code."""
+__all__ = ["ACTIVATIONS", "STRIP", "QuantizedTensor", "packed_shape"]
 
 ACTIVATIONS = ("float", "int8")
-
-STRIP = 16
-LINE = 64
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight ``[N, K]`` as codes with one scale and one minimum per group of inputs.
+    """A weight ``[N, K]`` as codes with one scale, and perhaps one minimum, per group of inputs.
 
-    ``W[n, k] = scale[n, k // group_size] * code[n, k] + minimum[n, k // group_size]``, codes 0..15
-    for "int4" and -127..127 for "int8", scale and minimum in float16. Made by
-    `fastweights.quantize`. It is a pytree whose only leaf is ``packed``, so it passes through
-    ``torch.compile``, ``torch.export``, ``checkpoint`` and ``tree_map``.
+    ``W[n, k] = scale[n, k // group_size] * level(code[n, k]) + minimum[n, k // group_size]``; the
+    levels are the format's, see `fastweights.quantize`, which makes these. It is a pytree whose
+    only leaf is ``packed``, so it passes through ``torch.compile``, ``torch.export``,
+    ``checkpoint`` and ``tree_map``.
 
     Args:
         packed: uint8 ``[ceil(N / 16), bytes per strip]``, the layout of the kernels
             (docs/quantization.md); opaque, portable between CPU levels, safe to save.
-        format: "int4" or "int8".
+        format: see `fastweights.quantize`.
         shape: ``(N, K)``.
         group_size: inputs per scale.
         activation: what `fastweights.quantized_linear` does with its input: "float" leaves it,
@@ -64,9 +60,10 @@ def packed_shape(
     format: str, out_features: int, in_features: int, group_size: int
 ) -> tuple[int, int]:
     """Shape of ``QuantizedTensor.packed``: (strips of 16 outputs, bytes per strip)."""
+    form = FORMATS[format]
     groups = -(-in_features // group_size)
-    lines = group_size * FORMATS[format] // 32
-    return -(-out_features // STRIP), groups * (lines + 1) * LINE
+    bundles = -(-groups // form.bundle)
+    return -(-out_features // STRIP), bundles * form.bundle_bytes(group_size)
 
 
 def _flatten(qt: QuantizedTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
