@@ -1,26 +1,26 @@
 // dx = dy W without W: a task decodes [chunk of K, 64 outputs] panels, as many as there are outputs, and multiplies
 // each with the gradients of its rows. The product is formed transposed, dx^T = W^T dy^T, since the packed weight
 // comes out with outputs as lanes; dy is transposed once instead.
+#include "quantization/backward.h"
 #include "core/gemm.h"
 #include "core/scratch.h"
-#include "quantization/line.h"
 
 namespace fastweights::quantization::FW_LEVEL {
 
-constexpr int64_t kOutputs = kBackwardOutputs;
+constexpr int64_t kOutputs = kBackwardOutputs;  // of a panel
 
-// out[k][kOutputs] (16 of its columns) = W^T of group g of one strip.
+// out[k][kOutputs] (16 of its columns) = W^T of inputs [begin, end) of a group of one strip, whole runs.
 template <Format F, typename T>
-static void decode_group(const Weight& w, const uint8_t* strip, int64_t g, T* out) {
+static void decode_group(const Weight& w, const uint8_t* strip, int64_t g, int64_t begin, int64_t end, T* out) {
   const Parameters p = load_parameters<F>(w, strip, g);
-  const uint8_t* lines = lines_of<F>(w, strip, g);
+  const uint8_t* lines = lines_of<F>(w, strip, g) + begin / 4 / kRun<F> * kRunBytes<F>;
   using Numbers = typename VecOf<T, kWords>::type;
   using Unaligned = typename VecOf<T, kWords>::unaligned;
   for (int i = 0; i < kParts; ++i) {
     const Numbers minimum = __builtin_convertvector(p.minimum[i], Numbers);
     const uint8_t* run = lines;
     T* to = out + i * kWords;
-    for (int64_t k = 0; k < w.group; k += 4 * kRun<F>, run += kRunBytes<F>, to += 4 * kRun<F> * kOutputs) {
+    for (int64_t k = begin; k < end; k += 4 * kRun<F>, run += kRunBytes<F>, to += 4 * kRun<F> * kOutputs) {
       FW_UNROLL
       for (int u = 0; u < kRun<F>; ++u) {
         const Words words = code_words<F>(run, u, i);
@@ -35,19 +35,16 @@ static void decode_group(const Weight& w, const uint8_t* strip, int64_t g, T* ou
   }
 }
 
-template <typename T>
-using Decode = void (*)(const Weight& w, const uint8_t* strip, int64_t g, T* out);
-
-// A block of rows: of dy, of which there are `columns` when they are made up to whole vectors.
-struct Rows {
-  int64_t first, count, columns;
-};
-
-template <typename T>
-static Rows rows_of(const BackwardArgs& a, int64_t block) {
-  const int64_t first = block * kBackwardRows, left = a.M - first, count = left < kBackwardRows ? left : kBackwardRows;
-  return {first, count, (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>};
+// The same of inputs [begin, end) of the weight.
+template <Format F, typename T>
+static void decode_inputs(const Weight& w, const uint8_t* strip, int64_t begin, int64_t end, T* out) {
+  for_groups(w, begin, end, [&](int64_t g, int64_t from, int64_t to) {
+    decode_group<F, T>(w, strip, g, from, to, out + (g * w.group + from - begin) * kOutputs);
+  });
 }
+
+template <typename T>
+using Decode = void (*)(const Weight& w, const uint8_t* strip, int64_t begin, int64_t end, T* out);
 
 // Where its [16 strips][columns] gradients are; all blocks before it are whole.
 template <typename T>
@@ -60,7 +57,7 @@ static void transpose(const BackwardArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const Weight& w = a.weight;
   for (int64_t task = begin; task < end; ++task) {
-    const Rows rows = rows_of<T>(a, task / a.panels);
+    const Rows rows = rows_of(a, kLanes<T>, task / a.panels);
     const int64_t n0 = task % a.panels * kOutputs, padded = w.strips * kStrip - n0;
     const int64_t outputs = padded < kOutputs ? padded : kOutputs, real = w.N - n0 < outputs ? w.N - n0 : outputs;
     T* out = transposed_rows<T>(a, rows) + n0 * rows.columns;
@@ -76,32 +73,28 @@ template <typename S>
 static void run(const BackwardArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const Weight& w = a.weight;
-  const auto decode = with_format(w.format, []<Format F>(FormatTag<F>) -> Decode<T> { return &decode_group<F, T>; });
-  const int64_t chunk = a.chunk_groups * w.group;
-  Scratch scratch(Scratch::take_bytes<T>(chunk * kOutputs) + Scratch::take_bytes<T>(chunk * kBackwardRows));
-  T* panel = scratch.take<T>(chunk * kOutputs);
-  T* dx = scratch.take<T>(chunk * kBackwardRows);
+  const auto decode = with_format(w.format, []<Format F>(FormatTag<F>) -> Decode<T> { return &decode_inputs<F, T>; });
+  Scratch scratch(Scratch::take_bytes<T>(kBackwardInputs * kOutputs) +
+                  Scratch::take_bytes<T>(kBackwardInputs * kBackwardRows));
+  T* panel = scratch.take<T>(kBackwardInputs * kOutputs);
+  T* dx = scratch.take<T>(kBackwardInputs * kBackwardRows);
   for (int64_t task = begin; task < end; ++task) {
-    const Rows rows = rows_of<T>(a, task / a.chunks);
+    const Rows rows = rows_of(a, kLanes<T>, task / a.chunks);
     const T* dy = transposed_rows<T>(a, rows);
-    const int64_t g0 = task % a.chunks * a.chunk_groups;
-    const int64_t groups = w.groups - g0 < a.chunk_groups ? w.groups - g0 : a.chunk_groups;
-    for (int64_t i = 0; i < groups * w.group * rows.columns; ++i) dx[i] = 0;
+    const Inputs inputs = inputs_of(a, task % a.chunks);
+    for (int64_t i = 0; i < inputs.padded * rows.columns; ++i) dx[i] = 0;
     for (int64_t strip = 0; strip < w.strips; strip += kOutputs / kStrip) {
       const int64_t strips = w.strips - strip < kOutputs / kStrip ? w.strips - strip : kOutputs / kStrip;
       for (int64_t s = 0; s < strips; ++s) {
-        const uint8_t* of_strip = w.packed + (strip + s) * w.strip_bytes;
-        for (int64_t g = 0; g < groups; ++g) {
-          decode(w, of_strip, g0 + g, panel + g * w.group * kOutputs + s * kStrip);
-        }
+        decode(w, w.packed + (strip + s) * w.strip_bytes, inputs.first, inputs.first + inputs.padded,
+               panel + s * kStrip);
       }
-      gemm<T>(groups * w.group, rows.columns, strips * kStrip, panel, kOutputs, 1, dy + strip * kStrip * rows.columns,
+      gemm<T>(inputs.padded, rows.columns, strips * kStrip, panel, kOutputs, 1, dy + strip * kStrip * rows.columns,
               rows.columns, dx, rows.columns, true);
     }
-    const int64_t k0 = g0 * w.group, k_end = w.K - k0 < groups * w.group ? w.K - k0 : groups * w.group;
     for (int64_t m = 0; m < rows.count; ++m) {
-      S* out = static_cast<S*>(a.dx) + (rows.first + m) * w.K + k0;
-      for (int64_t k = 0; k < k_end; ++k) out[k] = from_compute<S>(dx[k * rows.columns + m]);
+      S* out = static_cast<S*>(a.dx) + (rows.first + m) * w.K + inputs.first;
+      for (int64_t k = 0; k < inputs.count; ++k) out[k] = from_compute<S>(dx[k * rows.columns + m]);
     }
   }
 }

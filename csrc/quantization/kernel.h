@@ -102,11 +102,12 @@ struct MatmulArgs {
 FW_DECLARE_KERNEL(matmul_int8, MatmulArgs)
 FW_DECLARE_KERNEL(matmul_float, MatmulArgs)
 
-constexpr int64_t kBackwardRows = 128;    // rows of dy per task
-constexpr int64_t kBackwardOutputs = 64;  // outputs of a decoded panel
+constexpr int64_t kBackwardRows = 256;    // rows of dy per task
+constexpr int64_t kBackwardInputs = 128;  // columns of dx per task
+constexpr int64_t kBackwardOutputs = 64;  // outputs whose gradients a task transposes
 
 // dx = dy W, in two passes. transpose_dy: task t = (row block t / panels, panel of outputs t % panels). backward: task
-// t = (row block t / chunks, chunk of chunk_groups groups t % chunks).
+// t = (row block t / chunks, chunk of inputs t % chunks).
 struct BackwardArgs {
   Weight weight;
   Element element;  // of dy and dx
@@ -115,9 +116,14 @@ struct BackwardArgs {
   void* transposed;  // a block of rows after another, each [16 strips][rows, up to whole vectors], float or double
   int64_t panels;
   void* dx;  // out [M, K]
-  int64_t chunk_groups, chunks;
+  int64_t chunks;
 };
 FW_DECLARE_KERNEL(transpose_dy, BackwardArgs)
 FW_DECLARE_KERNEL(backward, BackwardArgs)
+
+// The same for bfloat16 through the tile registers of AMX, at the level avx512_bf16 where the machine has them. Blocks
+// of `transposed` are tiles [outputs / 32][rows / 16], see backward_tiles.cpp.
+FW_DECLARE_KERNEL(transpose_dy_tiles, BackwardArgs)
+FW_DECLARE_KERNEL(backward_tiles, BackwardArgs)
 
 }  // namespace fastweights::quantization

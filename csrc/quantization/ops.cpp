@@ -5,6 +5,7 @@
 #include "core/cpu_level.h"
 #include "core/parallel.h"
 #include "quantization/ops_activations.h"
+#include "quantization/ops_tiles.h"
 #include "quantization/ops_weight.h"
 
 namespace fastweights::quantization {
@@ -71,29 +72,24 @@ Tensor quantized_linear_backward(const Tensor& dy, const Tensor& packed, const s
   const Rows rows = rows_of(dy);
   Tensor dx = new_rows(dy, w.K);
   if (rows.count == 0 || w.K == 0) return dx;
-  const int64_t chunk_groups = std::max<int64_t>(1, 128 / w.group);
-  const int64_t chunks = (w.groups + chunk_groups - 1) / chunk_groups;
+  const Element element = element_of(dy.scalar_type());
+  const bool tiles = element == Element::bf16 && has_bf16_tiles();
+  const int64_t chunks = (w.K + kBackwardInputs - 1) / kBackwardInputs;
   const int64_t panels = (w.strips * kStrip + kBackwardOutputs - 1) / kBackwardOutputs;
   const int64_t blocks = (rows.count + kBackwardRows - 1) / kBackwardRows;
   const int64_t block_rows = std::min(rows.count, kBackwardRows);
-  const Element element = element_of(dy.scalar_type());
-  const int64_t whole_vectors = (rows.count + 15) / 16 * 16;
-  const Tensor transposed = torch::stable::new_empty(dy, {whole_vectors, w.strips * kStrip},
+  // Enough for either form: rows up to whole vectors and outputs up to whole tiles.
+  const Tensor transposed = torch::stable::new_empty(dy, {(rows.count + 15) / 16 * 16, (w.strips + 1) / 2 * 2 * kStrip},
                                                      element == Element::f64 ? ScalarType::Double : ScalarType::Float);
-  const BackwardArgs args{w,
-                          element,
-                          rows.data,
-                          rows.stride,
-                          rows.count,
-                          transposed.mutable_data_ptr(),
-                          panels,
-                          dx.mutable_data_ptr(),
-                          chunk_groups,
-                          chunks};
-  parallel_tasks(blocks * panels, 4.0 * double(block_rows * kBackwardOutputs),
-                 [&](int64_t begin, int64_t end) { FW_KERNEL(transpose_dy)(args, begin, end); });
-  parallel_tasks(blocks * chunks, 2.0 * double(block_rows * w.N * w.group),
-                 [&](int64_t begin, int64_t end) { FW_KERNEL(backward)(args, begin, end); });
+  const BackwardArgs args{
+      w,     element, rows.data, rows.stride, rows.count, transposed.mutable_data_ptr(), panels, dx.mutable_data_ptr(),
+      chunks};
+  parallel_tasks(blocks * panels, 4.0 * double(block_rows * kBackwardOutputs), [&](int64_t begin, int64_t end) {
+    tiles ? FW_KERNEL(transpose_dy_tiles)(args, begin, end) : FW_KERNEL(transpose_dy)(args, begin, end);
+  });
+  parallel_tasks(blocks * chunks, 2.0 * double(block_rows * w.N * kBackwardInputs), [&](int64_t begin, int64_t end) {
+    tiles ? FW_KERNEL(backward_tiles)(args, begin, end) : FW_KERNEL(backward)(args, begin, end);
+  });
   return dx;
 }
 

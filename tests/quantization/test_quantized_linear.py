@@ -49,6 +49,33 @@ def test_large_products_split_over_threads(format, activation):
     assert_close(got, dy.double() @ reference.dequantize(qt, torch.float64), tolerance=4e-6)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "m", "format", "group_size"),
+    [
+        (600, 500, 70, "nf4", 64),
+        (37, 129, 1, "int4", 32),
+        (528, 700, 300, "int3", 4096),
+        (100, 300, 17, "q6_k", 16),
+        (64, 160, 33, "int5", 160),
+        (16, 48, 16, "int8_zp32", 16),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_all_shapes_of_tiles(n, k, m, format, group_size, dtype):
+    qt = weight(n, k, format, group_size)
+    dy = torch.randn(m, n, dtype=dtype)
+    expected = dy.double() @ reference.dequantize(qt, torch.float64)
+    for level in available_cpu_levels():
+        with cpu_level(level):
+            got = torch.ops.fastweights.quantized_linear_backward(
+                dy, qt.packed, format, n, k, group_size
+            )
+            # Twice the rounding to bfloat16: of the weight, perhaps, and of the result.
+            difference = (got.double() - expected).square().mean().sqrt()
+            bound = 3e-3 if dtype == torch.bfloat16 else 1e-6
+            assert difference < bound * expected.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("format", "activation"), MODES)
 def test_a_bad_number_reaches_its_row_and_no_other(format, activation, bad):
