@@ -49,10 +49,13 @@ def test_quantize_makes_it_smaller(folder: Path) -> None:
     assert size("int4") < size("linear") / 2
 
 
-def test_quantize_calibrates(folder: Path, tmp_path: Path) -> None:
-    command = ["quantize", str(folder / "linear"), "--out", str(tmp_path), "--group-size", "32"]
-    assert main([*command, "--calibrate", str(folder / "text.txt")]) == 0
-    plain, calibrated = (fw.load(path)[0] for path in (folder / "int4", tmp_path))
+@pytest.mark.parametrize("solver", ["gptq", "awq", "smoothquant+"])
+def test_quantize_calibrates(folder: Path, tmp_path: Path, solver: str) -> None:
+    command = ["quantize", str(folder / "linear"), "--out", str(tmp_path / "out")]
+    command += ["--group-size", "32", "--checkpoint", str(tmp_path / "checkpoint")]
+    assert main([*command, "--solver", solver, "--text", str(folder / "text.txt")]) == 0
+    assert len(list((tmp_path / "checkpoint").glob("model.layers.*"))) == 2
+    plain, calibrated = (fw.load(path)[0] for path in (folder / "int4", tmp_path / "out"))
     assert plain.lm_head.packed.equal(calibrated.lm_head.packed)
     layers = [model.model.layers[0].mlp.down_proj.packed for model in (plain, calibrated)]
     assert not layers[0].equal(layers[1])
@@ -111,6 +114,10 @@ def test_info_lists_the_ops(capsys: pytest.CaptureFixture[str]) -> None:
         ("linearize {0}/original --out {0}/x --text {0}/nothing", "expected a text file"),
         ("linearize {0}/original --out {0}/x --minutes -1", "expected --minutes"),
         ("quantize {0}/linear --out {0}/linear", "another folder"),
+        (
+            "quantize {0}/linear --out {0}/x --text {0}/text.txt",
+            "with another --solver",
+        ),
         ("generate {0}/original", "expected a PROMPT"),
         ("generate {0}/original a b --save-state {0}/x", "expected one PROMPT"),
         ("generate {0}/original a --save-state {0}/x", "all linear"),

@@ -23,6 +23,7 @@ from fastweights.ops.quantization.functional import (
     quantize,
     quantized_linear,
 )
+from fastweights.ops.quantization.gptq_block import gptq_block
 
 __all__ = [
     "causal_conv1d",
@@ -35,6 +36,7 @@ __all__ = [
     "dequantize_rows",
     "dynamic_map",
     "gated_rms_norm",
+    "gptq_block",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",

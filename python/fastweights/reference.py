@@ -17,6 +17,7 @@ from fastweights.ops.optim.reference import (
     optimizer_step,
     quantize_blockwise,
 )
+from fastweights.ops.quantization.gptq_block_reference import gptq_block
 from fastweights.ops.quantization.reference import (
     dequantize,
     dequantize_rows,
@@ -35,6 +36,7 @@ __all__ = [
     "dequantize_rows",
     "dynamic_map",
     "gated_rms_norm",
+    "gptq_block",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",

@@ -12,8 +12,16 @@ from fastweights.ops.quantization.formats import ALIASES, FORMATS
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Text for GPTQ: 4096 tokens, 85 seconds of one core for a model of 135 million weights.
+    from fastweights.quantization import Solver
+
+# Text for solvers: 4096 tokens, a minute or two of one core for a model of 135 million weights.
 _WINDOWS, _LENGTH = 8, 512
+_SOLVERS = {
+    "nearest": "RoundToNearest",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "smoothquant+": "SmoothQuantPlus",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -46,11 +54,19 @@ def add_parser(commands: Any) -> None:
         help="what the layers do with their input: int8 is fast (default), float is exact",
     )
     p.add_argument(
-        "--calibrate",
-        nargs="*",
+        "--solver",
+        choices=tuple(_SOLVERS),
+        default="nearest",
+        help="how weights are rounded (default: nearest); gptq takes minutes and loses far less",
+    )
+    p.add_argument(
+        "--text",
+        nargs="+",
         metavar="FILE",
-        help="round by GPTQ, which takes minutes and loses far less, on these texts (none named: "
-        "the docstrings of Python's standard library)",
+        help="what solvers calibrate on (default: the docstrings of Python's standard library)",
+    )
+    p.add_argument(
+        "--checkpoint", metavar="DIR", help="folder for a solver to resume from if interrupted"
     )
     p.add_argument("--out", metavar="DIR", required=True, help="folder for the new model")
     p.set_defaults(run=run)
@@ -62,19 +78,24 @@ def run(options: argparse.Namespace) -> int:
     folder = output_folder(options.out)
     if folder.resolve() == source.resolve():
         raise ValueError(f"expected --out to be another folder than {source}")
-    texts = read_texts(options.calibrate) if options.calibrate else None
+    if options.text and options.solver == "nearest":
+        raise ValueError("expected --text with another --solver than nearest, which reads none")
+    texts = read_texts(options.text) if options.text else None
 
     import fastweights as fw
-    from fastweights import data
+    from fastweights import data, quantization
 
     say(f"loading {source}")
     model, tokenizer = fw.load(source, dequantize=True)
+    solver: Solver = getattr(quantization, _SOLVERS[options.solver])()
     tokens = None
-    if options.calibrate is not None:
-        tokens = data.pack(
-            tokenizer, data.standard_library_docstrings() if texts is None else texts
-        )
-    quantize_for_decoding(model, options.format, options.group_size, options.activation, tokens)
+    if solver.calibrated:
+        texts = data.standard_library_docstrings() if texts is None else texts
+        tokens = data.pack(tokenizer, texts)
+    quantize_for_decoding(
+        model, options.format, options.group_size, options.activation, solver, tokens,
+        options.checkpoint,
+    )  # fmt: skip
     fw.save(model, tokenizer, folder)
     say(f"wrote {folder}: {_megabytes(source):.0f} MB to {_megabytes(folder):.0f} MB")
     return 0
@@ -85,30 +106,29 @@ def quantize_for_decoding(
     format: str = "int4",
     group_size: int | None = None,
     activation: str = "int8",
+    solver: Solver | None = None,
     calibration: Tensor | None = None,
+    checkpoint: str | Path | None = None,
 ) -> None:
     """Quantize every linear layer, the output layer and a tied embedding in 8 bits.
 
-    With text (`calibration`, int64 `[N]`) the layers are rounded by GPTQ, else to nearest.
+    With a solver, which may want text (`calibration`, int64 `[N]`), the others are its matter; to
+    nearest without one.
 
     The output layer is a quarter of a small model and read for every token; 8 bits halve the time
     of 16 and keep the embedding that may share its table.
     """
     from fastweights import data, quantize_
-    from fastweights.quantization import gptq_
 
-    if calibration is not None:
-        length = min(_LENGTH, len(calibration))
-        tokens = data.windows(calibration, length, _WINDOWS)
-        gptq_(model, tokens, format, group_size=group_size, activation=activation)
-    quantize_(
-        model,
-        format,
-        group_size=group_size,
-        activation=activation,
-        skip=(),
-        embedding_format="int8",
-    )
+    settings: dict[str, Any] = {"group_size": group_size, "activation": activation}
+    if solver is not None:
+        tokens = None
+        if calibration is not None:
+            tokens = data.windows(calibration, min(_LENGTH, len(calibration)), _WINDOWS)
+        quantize_(
+            model, format, **settings, solver=solver, calibration=tokens, checkpoint=checkpoint
+        )
+    quantize_(model, format, **settings, skip=(), embedding_format="int8")
 
 
 def _megabytes(path: Path) -> float:

@@ -13,6 +13,7 @@ from fastweights._cli.quantize import quantize_for_decoding
 from fastweights.demo.model import Text, drift, is_linear, perplexities, smollm2
 from fastweights.demo.results import Results
 from fastweights.demo.speed import measure
+from fastweights.quantization import GPTQ
 from fastweights.training.precision import resolve_precision
 
 # Minutes of training in the demo, which together with everything else takes 15 on two cores.
@@ -140,7 +141,8 @@ class Pipeline:
     def _quantize(self, source: Path, target: Path) -> dict[str, float]:
         model, tokenizer = load(source)
         # The file's weights lie on a 4-bit grid of groups of 32: what LoRA left alone stays exact.
-        quantize_for_decoding(model, group_size=32, calibration=Text.load(self.text).train)
+        text = Text.load(self.text).train
+        quantize_for_decoding(model, group_size=32, solver=GPTQ(), calibration=text)
         save(model, tokenizer, target)
         return {"MB": sum(f.stat().st_size for f in target.glob("*.safetensors")) / 1e6}
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import nn
 
+from fastweights.ops.quantization.formats import resolve
 from fastweights.ops.quantization.functional import quantize
 from fastweights.ops.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from fastweights.ops.quantization.tensor import QuantizedTensor
+from fastweights.quantization.calibrate import Solver, calibrate_
+from fastweights.quantization.samples import read_samples
+from fastweights.quantization.walk import set_module
 
 __all__ = ["quantize_"]
 
@@ -25,8 +30,13 @@ def quantize_(
     activation: str = "float",
     skip: Skip = ("lm_head",),
     embedding_format: str | None = None,
+    solver: Solver | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
 ) -> Model:
-    """Quantize every `nn.Linear` of a model in place, without calibration.
+    """Quantize every `nn.Linear` of a model in place, to nearest or by a calibrated solver.
 
     Only modules whose type is exactly `nn.Linear` (and, with `embedding_format`, `nn.Embedding`)
     are swapped; a base layer inside an adapter is one of them. Float layers are freed one by one.
@@ -45,13 +55,32 @@ def quantize_(
             a predicate ``skip(qualified_name, module)``.
         embedding_format: "int8" or another format to quantize embeddings, and linear layers tied to
             them whatever `skip` says of those.
+        solver: `GPTQ`, `AWQ`, `SmoothQuantPlus` or `RoundToNearest` of `fastweights.quantization`,
+            for all that is not an embedding or tied to one; None rounds to nearest, as `quantize`
+            does. It goes through the model block by block (the entries of its `nn.ModuleList`s,
+            and what lies outside of them), each behind those that are rounded already.
+        calibration: what solvers run through the model: a tensor whose rows are samples (int64
+            tokens ``[B, T]``); batches, such as a DataLoader: a tensor, a tuple of positional or a
+            mapping of keyword arguments each; or, with `tokenizer`, texts, of which up to 128
+            sequences of 512 tokens are taken. A few thousand tokens suffice.
+        tokenizer: of Hugging Face, for texts.
+        checkpoint: a folder. Every block is written to it when it is done, and read from it by a
+            run of the same solver, format, calibration and float model.
+        progress: show a bar, where tqdm is installed.
 
     Returns:
-        The model.
+        The model. Interrupted, it has the blocks done so far quantized and the others untouched.
 
     Raises:
-        ValueError: unknown format or activation, or nothing to swap.
+        ValueError: unknown format or activation, or nothing to swap; a solver without calibration,
+            one that does not reach a layer, or a checkpoint of another run.
         RuntimeError: a weight that is not finite.
+
+    Example:
+        >>> import torch, fastweights as fw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+        >>> fw.quantize_(model, "int4", group_size=32)[1]
+        QuantizedLinear(64, 32, bias=True, int4, group_size=32, activation=float)
     """
     skipped = skip if callable(skip) else _by_name(tuple(skip))
     plan = _plan(model, skipped, embedding_format is not None)
@@ -59,9 +88,15 @@ def quantize_(
         raise ValueError(
             "quantize_: expected a model with nn.Linear layers that are not skipped, got none"
         )
+    if solver is not None:
+        name, width = resolve(format, group_size)
+        target = {"format": name, "group_size": width, "activation": activation}
+        _solve(model, plan, solver, calibration, tokenizer, checkpoint, progress, target)
     tables: dict[int, QuantizedTensor] = {}
     for names, table in plan:
         module = model.get_submodule(names[0])
+        if isinstance(module, QuantizedLinear):
+            continue
         assert isinstance(module, (nn.Linear, nn.Embedding))
         if table is not None and embedding_format is not None:
             if table not in tables:
@@ -78,9 +113,32 @@ def quantize_(
         )
         swapped.train(module.training)
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, swapped)
+            set_module(model, name, swapped)
     return model
+
+
+def _solve(
+    model: nn.Module,
+    plan: list[tuple[list[str], int | None]],
+    solver: Solver,
+    calibration: Any,
+    tokenizer: Any,
+    checkpoint: str | Path | None,
+    progress: bool,
+    target: dict[str, Any],
+) -> None:
+    """Lets a solver quantize what is no embedding; a layer of several names gets all of them."""
+    if calibration is None and solver.calibrated:
+        raise ValueError(f"quantize_: expected calibration with {type(solver).__name__}, got None")
+    samples = [] if calibration is None else read_samples(calibration, tokenizer)
+    linears = [names for names, table in plan if table is None]
+    calibrate_(
+        model, [names[0] for names in linears], solver, samples, target,
+        checkpoint=checkpoint, progress=progress,
+    )  # fmt: skip
+    for first, *others in linears:
+        for name in others:
+            set_module(model, name, model.get_submodule(first))
 
 
 def _plan(

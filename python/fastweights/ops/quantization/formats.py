@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["ALIASES", "FORMATS", "LINE", "STRIP", "Format"]
+__all__ = ["ALIASES", "FORMATS", "LINE", "STRIP", "Format", "resolve"]
 
 STRIP = 16
 """Outputs that lie together."""
@@ -181,3 +181,17 @@ ALIASES = {
     "q8_0": ("int8_sym", 32),
 }
 """GGUF's names for a format and a group size."""
+
+
+def resolve(format: str, group_size: int | None) -> tuple[str, int]:
+    """The format's own name and the inputs per scale, where an alias or no group size is given.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if format in ALIASES and group_size in (None, ALIASES[format][1]):
+        return ALIASES[format]
+    if format not in FORMATS:
+        known = sorted([*FORMATS, *ALIASES])
+        raise ValueError(f"quantize: expected format in {known}, got {format!r}")
+    return format, FORMATS[format].group_size if group_size is None else group_size

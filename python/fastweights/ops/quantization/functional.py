@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastweights.ops._common import needs_reference, refuse_double_backward, refuse_forward_ad
 from fastweights.ops.quantization import reference
-from fastweights.ops.quantization.formats import ALIASES, FORMATS
+from fastweights.ops.quantization.formats import FORMATS, resolve
 from fastweights.ops.quantization.tensor import ACTIVATIONS, QuantizedTensor, packed_shape
 
 __all__ = [
@@ -71,11 +71,7 @@ def quantize(
         >>> qt = fw.quantize(torch.randn(48, 100), "int4", group_size=64)
         >>> y = fw.quantized_linear(torch.randn(3, 100), qt)
     """
-    if format in ALIASES and group_size in (None, ALIASES[format][1]):
-        format, group_size = ALIASES[format]
-    if format not in FORMATS:
-        known = sorted([*FORMATS, *ALIASES])
-        raise ValueError(f"quantize: expected format in {known}, got {format!r}")
+    format, group_size = resolve(format, group_size)
     if activation not in ACTIVATIONS:
         raise ValueError(f"quantize: expected activation in {ACTIVATIONS}, got {activation!r}")
     if activation not in FORMATS[format].activations:
@@ -83,7 +79,6 @@ def quantize(
             f"quantize: expected activation in {FORMATS[format].activations} for format "
             f"{format!r}, got {activation!r}"
         )
-    group_size = FORMATS[format].group_size if group_size is None else group_size
     w = w.detach()
     if needs_reference(w):
         return reference.quantize(w, format, group_size=group_size, activation=activation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastweights.ops.quantization import functional, reference
+from fastweights.ops.quantization import functional, gptq_block_spec, reference
 from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.testing.opspec import BadInput, BenchCase, OpSpec, Sample, Tolerance, sample
@@ -181,4 +181,5 @@ SPECS = [
         bench=BENCH,
         peers=(peers.DENSE, peers.INT4PACK, peers.ONNXRUNTIME, peers.BITSANDBYTES),
     ),
+    gptq_block_spec.SPEC,
 ]
