@@ -142,9 +142,14 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(stage, tmp_path
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    log = run(
-        broken, tmp_path / "b.safetensors", **({} if stage == "transfer" else {"merge": False})
-    )
+    # A shell's background jobs start with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        log = run(
+            broken, tmp_path / "b.safetensors", **({} if stage == "transfer" else {"merge": False})
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert log.interrupted and len(log.losses) == 4
     monkeypatch.undo()
 
