@@ -147,8 +147,10 @@ LINEAR_BAD = [
 ]
 
 
-def _bench(n: int, k: int, m: int, activation: str, format: str = "int4") -> BenchCase:
-    bits = {"int4": 4.5, "int8": 8.5}[format]
+def _bench(
+    n: int, k: int, m: int, activation: str, format: str = "int4", *dtypes: torch.dtype
+) -> BenchCase:
+    bits = FORMATS[format].bundle_bytes(64) * 8 / (16 * 64 * FORMATS[format].bundle)
     return BenchCase(
         f"{format} {activation} M{m} N{n} K{k}",
         make=lambda dtype: sample(_x(m, k, dtype=dtype), _weight(n, k, format, 64, activation)),
@@ -157,6 +159,7 @@ def _bench(n: int, k: int, m: int, activation: str, format: str = "int4") -> Ben
         reference=m * n * k < 1 << 31,
         # 256 MiB of weights, as much as the bandwidth is measured on.
         copies=(1 << 29) // (n * k) if m == 1 else 1,
+        dtypes=dtypes or (torch.float32,),
     )
 
 
@@ -165,6 +168,10 @@ BENCH = [
     for n, k in ((4096, 4096), (1536, 576))
     for m in (1, 16, 512)
     for activation in ("int8", "float")
+]
+# A frozen base under adapters (QLoRA): the exact path, both directions.
+BENCH += [
+    _bench(4096, 4096, m, "float", "nf4", torch.float32, torch.bfloat16) for m in (1, 16, 512)
 ]
 
 SPECS = [

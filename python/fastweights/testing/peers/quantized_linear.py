@@ -121,7 +121,7 @@ def _load_bitsandbytes() -> Callable[..., Any]:
 
 def _adapt_bitsandbytes(call: Sample) -> Sample | None:
     """NF4 in its blocks of 64. In training it dequantizes the whole matrix, in both directions."""
-    if not _is_int4(call):
+    if call.args[1].format not in ("int4", "nf4"):
         return None
     import bitsandbytes as bnb
 
