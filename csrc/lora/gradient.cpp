@@ -9,6 +9,7 @@ template <typename S>
 static void gradient_of(const GradientArgs& a, const Block& g, int64_t column) {
   using T = Compute<S>;
   constexpr int64_t N = kGradientColumns;
+  if (g.ranks == 0) return;
   const int64_t columns = a.in.columns - column < N ? a.in.columns - column : N;
   Scratch scratch(Scratch::take_bytes<T>(kGradientRows * N) + Scratch::take_bytes<T>(kGradientRows * g.ranks) +
                   Scratch::take_bytes<T>(g.ranks * N));
