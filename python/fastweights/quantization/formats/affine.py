@@ -125,10 +125,12 @@ def to_layer(tensors: Tensors, source: Affine, activation: str) -> Layer:
     width = group_width(tensors.format, source.bits, source.group_size, k)
     offset = _offset(source.bits)
     scale, zero = source.scale.float(), source.zero.float()
-    for code in (0, (1 << source.bits) - 1):
-        if not bool((scale * (code - zero)).isfinite().all()):
-            raise tensors.error("weight", "scale * (code - zero) to be finite", "a larger one")
     parameters = [scale, zero - offset]
+    for code in (0, (1 << source.bits) - 1):
+        # Kernels add scale * code to -scale * zero, and not every one in a single rounding.
+        for level in (code - zero, torch.tensor(code - offset), zero - offset):
+            if not bool((scale * level).isfinite().all()):
+                raise tensors.error("weight", "scale * (code - zero) to be finite", "a larger one")
     exact = all(torch.equal(p.half().float(), p) for p in parameters)
 
     def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
