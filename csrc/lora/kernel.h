@@ -54,18 +54,12 @@ struct GradientArgs {
 
 constexpr int64_t kTransposeRows = 128;
 
-// out[j, i] = factor in[i, j]
-struct Transposition {
-  Matrix in, out;
-  int64_t rows, first_task;
-  double factor;
-};
-
-// Task: kTransposeRows rows of one of the transpositions.
+// out[j, i] = factor in[i, j]. Task: kTransposeRows rows of in.
 struct TransposeArgs {
   Element from, to;
-  const Transposition* items;
-  int64_t count;
+  Matrix in, out;
+  int64_t rows;
+  double factor;
 };
 
 FW_DECLARE_KERNEL(update, UpdateArgs)

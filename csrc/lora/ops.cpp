@@ -9,28 +9,29 @@
 #include "core/cpu_level.h"
 #include "core/parallel.h"
 #include "lora/ops_adapters.h"
+#include "lora/ops_routing.h"
 
 namespace fastweights::lora {
 namespace {
 
-void run_update(const Rows& rows, UpdateArgs& args) {
-  const std::vector<Block> blocks = rows.blocks();
+void run_update(const Routing& routing, UpdateArgs& args) {
+  const std::vector<Block> blocks = routing.blocks();
   args.blocks = blocks.data();
-  args.order = rows.order_data();
+  args.order = routing.order_data();
   if (blocks.empty()) return;
   const double flops = 2.0 * double(blocks[0].count * blocks[0].ranks * (args.in.columns + args.out.columns));
   parallel_tasks(int64_t(blocks.size()), flops,
                  [&](int64_t begin, int64_t end) { FW_KERNEL(update)(args, begin, end); });
 }
 
-void run_gradient(const Rows& rows, GradientArgs& args) {
-  if (rows.groups.empty()) return;
-  args.groups = rows.groups.data();
-  args.order = rows.order_data();
+void run_gradient(const Routing& routing, GradientArgs& args) {
+  if (routing.groups.empty()) return;
+  args.groups = routing.groups.data();
+  args.order = routing.order_data();
   args.strips = (args.in.columns + kGradientColumns - 1) / kGradientColumns;
-  const double flops =
-      2.0 * double(rows.M * args.out.columns) / double(args.strips) * double(rows.width) / double(rows.groups.size());
-  parallel_tasks(args.strips * int64_t(rows.groups.size()), flops,
+  const double rows = double(routing.M) / double(routing.groups.size());
+  const double flops = 2.0 * rows * double(routing.width * kGradientColumns);
+  parallel_tasks(args.strips * int64_t(routing.groups.size()), flops,
                  [&](int64_t begin, int64_t end) { FW_KERNEL(gradient)(args, begin, end); });
 }
 
@@ -39,61 +40,62 @@ Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tens
                     const OptionalTensor& seed) {
   constexpr const char* op = "lora_update_";
   const int64_t D = row_size(op, "x", x, "in_features"), O = row_size(op, "y", y, "out_features");
-  check_prefix(op, y, x);
-  check(y.is_contiguous(), op, "expected y to be contiguous, got another layout");
-  const Adapters adapters(op, x, D, O, lora_a, lora_b, scale);
-  const Rows rows(op, x, adapters, segments, indices);
+  check_rows_of(op, "y", y, x);
+  check_contiguous(op, "y", y);
+  Adapters adapters(op, x, D, O, lora_a, lora_b, scale);
+  const Routing routing(op, x, adapters.first, segments, indices);
   const Dropout mask = dropout_of(op, dropout, seed);
+  adapters.lay_out(routing);
   const Tensor input = as_rows(x);
-  Tensor c = rows.plain() ? torch::stable::new_empty(x, {rows.M, rows.width}, adapters.arithmetic)
-                          : torch::stable::new_zeros(x, {rows.M, rows.width}, adapters.arithmetic);
+  Tensor c = routing.plain() ? torch::stable::new_empty(x, {routing.M, routing.width}, adapters.arithmetic)
+                             : torch::stable::new_zeros(x, {routing.M, routing.width}, adapters.arithmetic);
   UpdateArgs args{};
   args.element = element_of(x.scalar_type());
   args.in = {input.data_ptr(), stride_of(input), D};
   args.out = {y.mutable_data_ptr(), O, O};
   args.down = adapters.a_rows.data();
   args.up = adapters.b_rows.data();
-  args.c = {c.data_ptr(), rows.width, rows.width};
+  args.c = {c.data_ptr(), routing.width, routing.width};
   args.in_dropout = mask;
-  run_update(rows, args);
+  run_update(routing, args);
   return c;
 }
 
-std::tuple<Tensor, Tensor> lora_gradients(Tensor dx, const Tensor& dy, const Tensor& x, const Tensor& u,
+std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, const Tensor& x, const Tensor& u,
                                           const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                                           const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
                                           const OptionalTensor& seed) {
   constexpr const char* op = "lora_gradients";
   const int64_t D = row_size(op, "x", x, "in_features"), O = row_size(op, "dy", dy, "out_features");
-  check_prefix(op, dy, x);
-  const Adapters adapters(op, x, D, O, lora_a, lora_b, scale);
-  const Rows rows(op, x, adapters, segments, indices);
+  check_rows_of(op, "dy", dy, x);
+  Adapters adapters(op, x, D, O, lora_a, lora_b, scale);
+  const Routing routing(op, x, adapters.first, segments, indices);
   const Dropout mask = dropout_of(op, dropout, seed);
+  adapters.lay_out(routing);
   check_cpu(op, "u", u);
   check_dtype(op, "u", u, adapters.arithmetic, " (from x)");
-  check_shape(op, "u", u, {rows.M, rows.width}, "[rows, ranks]", "x and lora_a");
-  check(u.is_contiguous(), op, "expected u to be contiguous, got another layout");
-  const bool wanted = dx.numel() > 0 || x.numel() == 0;
-  if (wanted) {
-    check_same_shape_as_x(op, dx, x);
-    check(dx.is_contiguous(), op, "expected dx to be contiguous, got another layout");
+  check_shape(op, "u", u, {routing.M, routing.width}, "[rows, ranks]", "x and lora_a");
+  check_contiguous(op, "u", u);
+  if (dx) {
+    check_shape_of_x(op, "dx", *dx, x);
+    check_contiguous(op, "dx", *dx);
   }
   const Tensor input = as_rows(x), grad = as_rows(dy);
   const ScalarType type = adapters.arithmetic;
-  Tensor h = torch::stable::new_empty(x, {rows.M, rows.width}, type);
+  Tensor h = torch::stable::new_empty(x, {routing.M, routing.width}, type);
   UpdateArgs args{};
   args.element = element_of(x.scalar_type());
   args.in = {grad.data_ptr(), stride_of(grad), O};
-  args.out = {wanted ? dx.mutable_data_ptr() : nullptr, D, D};
+  args.out = {dx ? dx->mutable_data_ptr() : nullptr, D, D};
   args.down = adapters.b_rows.data();
   args.up = adapters.a_rows.data();
-  args.c = {h.data_ptr(), rows.width, rows.width};
+  args.c = {h.data_ptr(), routing.width, routing.width};
   args.out_dropout = mask;
-  run_update(rows, args);
+  run_update(routing, args);
 
-  Tensor da = torch::stable::new_empty(x, {adapters.ranks, D}, type);
-  Tensor db_rows = torch::stable::new_empty(x, {adapters.ranks, O + kPadding}, type);
-  const std::vector<double> ones(size_t(adapters.ranks), 1.0);
+  Tensor da = torch::stable::new_empty(x, {adapters.ranks(), D}, type);
+  Tensor db_rows = torch::stable::new_empty(x, {adapters.ranks(), O + kPadding}, type);
+  const std::vector<double> ones(size_t(adapters.ranks()), 1.0);
   GradientArgs of_a{};
   of_a.element = args.element;
   of_a.in = {input.data_ptr(), stride_of(input), D};
@@ -101,16 +103,16 @@ std::tuple<Tensor, Tensor> lora_gradients(Tensor dx, const Tensor& dy, const Ten
   of_a.out = {da.data_ptr(), D, D};
   of_a.factors = ones.data();
   of_a.in_dropout = mask;
-  run_gradient(rows, of_a);
+  run_gradient(routing, of_a);
   GradientArgs of_b = of_a;
   of_b.in = args.in;
   of_b.c.data = u.data_ptr();
   of_b.out = {db_rows.data_ptr(), O + kPadding, O};
   of_b.factors = adapters.factors.data();
   of_b.in_dropout = {};
-  run_gradient(rows, of_b);
+  run_gradient(routing, of_b);
 
-  Tensor db = torch::stable::new_empty(x, {adapters.ranks * O}, type);
+  Tensor db = torch::stable::new_empty(x, {adapters.ranks() * O}, type);
   adapters.transpose_back(db_rows, db);
   return {da, db};
 }
@@ -123,7 +125,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
       "lora_update_(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments, "
       "Tensor? indices, float dropout, Tensor? seed) -> Tensor u");
   m.def(
-      "lora_gradients(Tensor(a!) dx, Tensor dy, Tensor x, Tensor u, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
+      "lora_gradients(Tensor(a!)? dx, Tensor dy, Tensor x, Tensor u, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
       "Tensor? segments, Tensor? indices, float dropout, Tensor? seed) -> (Tensor da, Tensor db)");
 }
 

@@ -10,7 +10,7 @@ FW_INLINE int64_t part_of(int64_t n) {
 }
 
 template <typename From, typename To>
-static void transpose_rows(const Transposition& t, int64_t begin, int64_t end) {
+static void transpose_rows(const TransposeArgs& t, int64_t begin, int64_t end) {
   using T = Compute<From>;
   constexpr int L = kLanes<T>;
   const Vec<T> factor = set1(T(t.factor));
@@ -42,17 +42,12 @@ static void transpose_rows(const Transposition& t, int64_t begin, int64_t end) {
 }
 
 void transpose(const TransposeArgs& a, int64_t begin, int64_t end) noexcept {
-  const Transposition* t = a.items;
-  for (int64_t task = begin; task < end; ++task) {
-    while (t + 1 < a.items + a.count && t[1].first_task <= task) ++t;
-    const int64_t first = (task - t->first_task) * kTransposeRows;
-    const int64_t last = t->rows - first < kTransposeRows ? t->rows : first + kTransposeRows;
-    with_element(a.from, [&]<typename From>(From) {
-      with_element(a.to, [&]<typename To>(To) {
-        if constexpr (sizeof(Compute<From>) == sizeof(Compute<To>)) transpose_rows<From, To>(*t, first, last);
-      });
+  const int64_t first = begin * kTransposeRows, last = end * kTransposeRows < a.rows ? end * kTransposeRows : a.rows;
+  with_element(a.from, [&]<typename From>(From) {
+    with_element(a.to, [&]<typename To>(To) {
+      if constexpr (sizeof(Compute<From>) == sizeof(Compute<To>)) transpose_rows<From, To>(a, first, last);
     });
-  }
+  });
 }
 
 }  // namespace fastweights::lora::FW_LEVEL

@@ -162,3 +162,9 @@ def test_qt_is_a_pytree():
     leaves, structure = torch.utils._pytree.tree_flatten(qt)
     assert len(leaves) == 1 and torch.utils._pytree.tree_unflatten(leaves, structure) == qt
     assert qt.packed.shape == packed_shape("int8", 40, 100, 32)
+
+
+def test_a_vector_with_a_bias_that_is_trained():
+    w, bias = torch.randn(5, 32), torch.zeros(5, requires_grad=True)
+    fw.quantized_linear(torch.randn(32), fw.quantize(w, "int8"), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.ones(5))

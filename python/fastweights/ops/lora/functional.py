@@ -73,7 +73,7 @@ def lora_linear(
 
     Gradients reach x, bias, lora_a and lora_b; x and ``x A^T`` are kept for the backward. Beyond
     the base, the forward takes 2 M rank (in_features + out_features) operations for M rows and one
-    pass over x and y. Results are the same bits for any number of threads.
+    pass over x and y. The updates are the same bits for any number of threads.
 
     Example:
         >>> x, a, b, scale = torch.ones(2, 3), torch.ones(1, 3), torch.ones(3, 1), torch.ones(1) / 2
@@ -84,11 +84,11 @@ def lora_linear(
     updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed)
     layout = _layout_of(weight)
     packed = weight.packed if isinstance(weight, QuantizedTensor) else weight
+    _common.refuse_forward_ad("lora_linear", x, bias, *lora_a, *lora_b)
     if _is_plain() and x.is_cpu and packed.is_cpu:
         y = _base(x, packed, *layout, bias)
         _ops.lora_update_(y, x, *updates)
         return y
-    _common.refuse_forward_ad("lora_linear", x, bias, *lora_a, *lora_b)
     if _common.needs_reference(x, packed):
         return reference.lora_linear(
             x, weight, bias, lora_a, lora_b, scale,
@@ -185,14 +185,12 @@ def _backward_cpu(
     group_size: int, activation: str, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *updates, needs_x = rest
-    dy = dy.contiguous()
-    if not needs_x:
-        dx = x.new_empty(0)
-    elif format:
-        dx = _ops.quantized_linear_backward(dy, weight, format, n, k, group_size)
-    else:
-        dx = dy @ weight
-    return dx, *_ops.lora_gradients(dx, dy, x, u, *updates)
+    dx = None
+    if needs_x:
+        layout = (format, n, k, group_size)
+        dx = _ops.quantized_linear_backward(dy, weight, *layout) if format else dy @ weight
+    da, db = _ops.lora_gradients(dx, dy, x, u, *updates)
+    return x.new_empty(0) if dx is None else dx, da, db
 
 
 torch.library.impl("fastweights::lora_linear", "CPU", _forward_cpu)
@@ -225,7 +223,7 @@ def _update_fake(
 
 
 def _gradients_fake(
-    dx: Tensor, dy: Tensor, x: Tensor, u: Tensor, lora_a: Sequence[Tensor], *rest: Any
+    dx: Tensor | None, dy: Tensor, x: Tensor, u: Tensor, lora_a: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor]:
     ranks = sum(a.shape[0] for a in lora_a)
     da = x.new_empty((ranks, x.shape[-1]), dtype=_arithmetic(x))
@@ -276,7 +274,8 @@ def _backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]
     das = [g.to(a.dtype) for g, a in zip(da.split(ranks), lora_a, strict=True)]
     flat = db.split([b.numel() for b in lora_b])
     dbs = [g.view(b.shape).to(b.dtype) for g, b in zip(flat, lora_b, strict=True)]
-    dbias = None if ctx.bias is None else dy.flatten(0, -2).sum(0).to(ctx.bias)
+    needs_bias = ctx.needs_input_grad[7]
+    dbias = dy.sum_to_size(dy.shape[-1:]).to(ctx.bias) if needs_bias else None
     return (dx if needs_x else None), *base, dbias, das, dbs, *nothing
 
 

@@ -43,10 +43,12 @@ def _samples(dtype: torch.dtype) -> Sequence[Sample]:
     seed = torch.tensor(-7)
     return [
         _call(dtype, (1,), 33, 18, [3]),
+        _call(dtype, (), 5, 7, [2]),
         _call(dtype, (2, 5), 16, 70, [4, 1], bias=False),
         _call(dtype, (270,), 8, 9, [9], dropout=0.5, seed=seed),
         _call(dtype, (3, 4), 67, 5, [2, 5], dropout=0.1, seed=seed),
         _call(dtype, (9,), 5, 3, [2, 3, 1], segments=torch.tensor([1, 4, 4, 8])),
+        _call(dtype, (4,), 5, 3, [2, 0], segments=torch.tensor([0, 3, 4])),
         _call(dtype, (3, 7), 6, 4, [1, 2], indices=torch.tensor([1, -1, 0])),
         _call(
             dtype, (2, 3), 6, 4, [1, 2], indices=torch.tensor([[1, 0, 1], [-1, 0, 1]]).int(),

@@ -199,7 +199,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = (
         _ops.quantized_linear_backward(dy, packed, *ctx.layout) if ctx.needs_input_grad[0] else None
     )
-    db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    db = dy.sum_to_size(dy.shape[-1:]).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return dx, None, db, None, None, None, None, None
 
 
