@@ -3,6 +3,7 @@
 // follows: dv_j = Σ w_ij u_i, ds_ij = mix p_ij h_ij less its sum over the window at the maximum, d(a_ij) = d_ij h_ij.
 // The chunks run backwards with the gradient of the state; the states at their starts are computed first.
 #include "attention/channels.h"
+#include "core/element.h"
 
 namespace fastweights::attention::FW_LEVEL {
 
@@ -441,29 +442,11 @@ static void reduce_tasks(const ReduceArgs& args, int64_t begin, int64_t end) {
 }
 
 void backward(const BackwardArgs& args, int64_t begin, int64_t end) noexcept {
-  switch (args.in.element) {
-    case Element::f32:
-      return backward_tasks<float>(args, begin, end);
-    case Element::bf16:
-      return backward_tasks<bfloat16>(args, begin, end);
-    case Element::f16:
-      return backward_tasks<float16>(args, begin, end);
-    case Element::f64:
-      return backward_tasks<double>(args, begin, end);
-  }
+  with_element(args.in.element, [&]<typename S>(S) { backward_tasks<S>(args, begin, end); });
 }
 
 void reduce(const ReduceArgs& args, int64_t begin, int64_t end) noexcept {
-  switch (args.in.element) {
-    case Element::f32:
-      return reduce_tasks<float>(args, begin, end);
-    case Element::bf16:
-      return reduce_tasks<bfloat16>(args, begin, end);
-    case Element::f16:
-      return reduce_tasks<float16>(args, begin, end);
-    case Element::f64:
-      return reduce_tasks<double>(args, begin, end);
-  }
+  with_element(args.in.element, [&]<typename S>(S) { reduce_tasks<S>(args, begin, end); });
 }
 
 }  // namespace fastweights::attention::FW_LEVEL

@@ -1,4 +1,5 @@
 #include "attention/channels.h"
+#include "core/element.h"
 
 namespace fastweights::attention::FW_LEVEL {
 
@@ -121,16 +122,7 @@ static void forward_tasks(const ForwardArgs& args, int64_t begin, int64_t end) {
 }
 
 void forward(const ForwardArgs& args, int64_t begin, int64_t end) noexcept {
-  switch (args.in.element) {
-    case Element::f32:
-      return forward_tasks<float>(args, begin, end);
-    case Element::bf16:
-      return forward_tasks<bfloat16>(args, begin, end);
-    case Element::f16:
-      return forward_tasks<float16>(args, begin, end);
-    case Element::f64:
-      return forward_tasks<double>(args, begin, end);
-  }
+  with_element(args.in.element, [&]<typename S>(S) { forward_tasks<S>(args, begin, end); });
 }
 
 }  // namespace fastweights::attention::FW_LEVEL

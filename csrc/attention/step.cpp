@@ -1,5 +1,6 @@
 // One token of hybrid attention: the state is swept once, each row updated and read out while it is in registers.
 #include "attention/kernel.h"
+#include "core/element.h"
 #include "core/scratch.h"
 #include "core/vmath.h"
 
@@ -260,21 +261,12 @@ static void remember_tasks(const StepArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-#define FW_BY_ELEMENT(name)                                           \
-  void name(const StepArgs& a, int64_t begin, int64_t end) noexcept { \
-    switch (a.element) {                                              \
-      case Element::f32:                                              \
-        return name##_tasks<float>(a, begin, end);                    \
-      case Element::bf16:                                             \
-        return name##_tasks<bfloat16>(a, begin, end);                 \
-      case Element::f16:                                              \
-        return name##_tasks<float16>(a, begin, end);                  \
-      case Element::f64:                                              \
-        return name##_tasks<double>(a, begin, end);                   \
-    }                                                                 \
-  }
-FW_BY_ELEMENT(step)
-FW_BY_ELEMENT(remember)
-#undef FW_BY_ELEMENT
+void step(const StepArgs& a, int64_t begin, int64_t end) noexcept {
+  with_element(a.element, [&]<typename S>(S) { step_tasks<S>(a, begin, end); });
+}
+
+void remember(const StepArgs& a, int64_t begin, int64_t end) noexcept {
+  with_element(a.element, [&]<typename S>(S) { remember_tasks<S>(a, begin, end); });
+}
 
 }  // namespace fastweights::attention::FW_LEVEL

@@ -1,4 +1,5 @@
 #include "causal_conv1d/taps.h"
+#include "core/element.h"
 
 namespace fastweights::causal_conv1d::FW_LEVEL {
 
@@ -118,16 +119,7 @@ static void forward_of(const ForwardArgs& a, int64_t begin, int64_t end) {
 }
 
 void forward(const ForwardArgs& a, int64_t begin, int64_t end) noexcept {
-  switch (a.p.element) {
-    case Element::f64:
-      return forward_of<double>(a, begin, end);
-    case Element::bf16:
-      return forward_of<bfloat16>(a, begin, end);
-    case Element::f16:
-      return forward_of<float16>(a, begin, end);
-    default:
-      return forward_of<float>(a, begin, end);
-  }
+  with_element(a.p.element, [&]<typename S>(S) { forward_of<S>(a, begin, end); });
 }
 
 }  // namespace fastweights::causal_conv1d::FW_LEVEL

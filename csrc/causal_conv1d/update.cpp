@@ -1,4 +1,5 @@
 #include "causal_conv1d/taps.h"
+#include "core/element.h"
 
 namespace fastweights::causal_conv1d::FW_LEVEL {
 
@@ -69,16 +70,7 @@ static void update_of(const UpdateArgs& a, int64_t begin, int64_t end) {
 }
 
 void update(const UpdateArgs& a, int64_t begin, int64_t end) noexcept {
-  switch (a.element) {
-    case Element::f64:
-      return update_of<double>(a, begin, end);
-    case Element::bf16:
-      return update_of<bfloat16>(a, begin, end);
-    case Element::f16:
-      return update_of<float16>(a, begin, end);
-    default:
-      return update_of<float>(a, begin, end);
-  }
+  with_element(a.element, [&]<typename S>(S) { update_of<S>(a, begin, end); });
 }
 
 }  // namespace fastweights::causal_conv1d::FW_LEVEL

@@ -1,27 +1,13 @@
 // Rows of a matrix, with and without dropout.
 #pragma once
 
+#include "core/element.h"
 #include "core/random.h"
 #include "core/tail.h"
 #include "lora/kernel.h"
 
 namespace fastweights::lora::FW_LEVEL {
 using namespace ::fastweights::FW_LEVEL;
-
-// f(S{}) with the type of an element.
-template <typename F>
-FW_INLINE void with_element(Element e, const F& f) {
-  switch (e) {
-    case Element::f64:
-      return f(double{});
-    case Element::bf16:
-      return f(bfloat16{});
-    case Element::f16:
-      return f(float16{});
-    default:
-      return f(float{});
-  }
-}
 
 template <typename S>
 FW_INLINE S* row_of(const Matrix& m, int64_t i) {

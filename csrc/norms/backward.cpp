@@ -1,3 +1,4 @@
+#include "core/element.h"
 #include "core/rows.h"
 #include "core/scratch.h"
 #include "norms/rows.h"
@@ -64,16 +65,7 @@ static void backward_of(const BackwardArgs& a, int64_t begin, int64_t end) {
 }
 
 void backward(const BackwardArgs& a, int64_t begin, int64_t end) noexcept {
-  switch (a.p.element) {
-    case Element::f64:
-      return backward_of<double>(a, begin, end);
-    case Element::bf16:
-      return backward_of<bfloat16>(a, begin, end);
-    case Element::f16:
-      return backward_of<float16>(a, begin, end);
-    default:
-      return backward_of<float>(a, begin, end);
-  }
+  with_element(a.p.element, [&]<typename S>(S) { backward_of<S>(a, begin, end); });
 }
 
 }  // namespace fastweights::norms::FW_LEVEL

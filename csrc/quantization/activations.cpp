@@ -1,5 +1,6 @@
 // Rows of x as the matmul kernels want them: normalised or gated if asked, then quantized to int8 per 32 inputs (or
 // kept as they are), in panels of rows. A row's result depends on that row alone.
+#include "core/element.h"
 #include "core/scratch.h"
 #include "core/tail.h"
 #include "core/vmath.h"
@@ -127,16 +128,7 @@ static void pack_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
 void pack_activations(const ActivationArgs& a, int64_t begin, int64_t end) noexcept {
   begin *= kSourceRows;
   end = end * kSourceRows < a.M ? end * kSourceRows : a.M;
-  switch (a.element) {
-    case Element::f32:
-      return pack_rows<float>(a, begin, end);
-    case Element::bf16:
-      return pack_rows<bfloat16>(a, begin, end);
-    case Element::f16:
-      return pack_rows<float16>(a, begin, end);
-    case Element::f64:
-      return pack_rows<double>(a, begin, end);
-  }
+  with_element(a.element, [&]<typename S>(S) { pack_rows<S>(a, begin, end); });
 }
 
 }  // namespace fastweights::quantization::FW_LEVEL

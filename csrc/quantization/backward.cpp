@@ -2,6 +2,7 @@
 // each with the gradients of its rows. The product is formed transposed, dx^T = W^T dy^T, since the packed weight
 // comes out with outputs as lanes; dy is transposed once instead.
 #include "quantization/backward.h"
+#include "core/element.h"
 #include "core/gemm.h"
 #include "core/scratch.h"
 
@@ -100,29 +101,11 @@ static void run(const BackwardArgs& a, int64_t begin, int64_t end) {
 }
 
 void transpose_dy(const BackwardArgs& a, int64_t begin, int64_t end) noexcept {
-  switch (a.element) {
-    case Element::f32:
-      return transpose<float>(a, begin, end);
-    case Element::bf16:
-      return transpose<bfloat16>(a, begin, end);
-    case Element::f16:
-      return transpose<float16>(a, begin, end);
-    case Element::f64:
-      return transpose<double>(a, begin, end);
-  }
+  with_element(a.element, [&]<typename S>(S) { transpose<S>(a, begin, end); });
 }
 
 void backward(const BackwardArgs& a, int64_t begin, int64_t end) noexcept {
-  switch (a.element) {
-    case Element::f32:
-      return run<float>(a, begin, end);
-    case Element::bf16:
-      return run<bfloat16>(a, begin, end);
-    case Element::f16:
-      return run<float16>(a, begin, end);
-    case Element::f64:
-      return run<double>(a, begin, end);
-  }
+  with_element(a.element, [&]<typename S>(S) { run<S>(a, begin, end); });
 }
 
 }  // namespace fastweights::quantization::FW_LEVEL

@@ -1,4 +1,5 @@
 // W = scale * level + minimum: of all rows, or of the rows that an embedding looks up.
+#include "core/element.h"
 #include "quantization/line.h"
 
 namespace fastweights::quantization::FW_LEVEL {
@@ -31,16 +32,7 @@ static void rows(const DequantizeArgs& a, int64_t begin, int64_t end) {
 void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) noexcept {
   begin *= kStrip;
   end = end * kStrip < a.rows ? end * kStrip : a.rows;
-  switch (a.element) {
-    case Element::f32:
-      return rows<float>(a, begin, end);
-    case Element::bf16:
-      return rows<bfloat16>(a, begin, end);
-    case Element::f16:
-      return rows<float16>(a, begin, end);
-    case Element::f64:
-      return rows<double>(a, begin, end);
-  }
+  with_element(a.element, [&]<typename S>(S) { rows<S>(a, begin, end); });
 }
 
 }  // namespace fastweights::quantization::FW_LEVEL

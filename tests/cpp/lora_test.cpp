@@ -1,0 +1,106 @@
+#include "lora/kernel.h"
+#include "self_test.h"
+
+namespace fastweights::lora {
+
+using self_test::near;
+using self_test::normal;
+using Numbers = std::vector<float>;
+
+static std::vector<const void*> rows_of(const Numbers& matrix, int64_t columns) {
+  std::vector<const void*> rows;
+  for (size_t i = 0; i < matrix.size(); i += size_t(columns)) rows.push_back(matrix.data() + i);
+  return rows;
+}
+
+// More rows than a block of few has, columns beyond what is packed at a time and no multiple of any vector.
+struct Adapter {
+  static constexpr int64_t kCount = 13, kIn = 259, kOut = 70, kRank = 5;
+  Numbers x = normal(kCount * kIn, 1), y = normal(kCount * kOut, 2), a = normal(kRank * kIn, 3),
+          b = normal(kRank * kOut, 4);
+  std::vector<const void*> down = rows_of(a, kIn), up = rows_of(b, kOut);
+
+  Adapter() {
+    for (float& v : a) v /= 16;  // u of the size of y, which errors are measured by
+  }
+
+  double u(int64_t m, int64_t r) const {
+    double sum = 0;
+    for (int64_t j = 0; j < kIn; ++j) sum += double(x[m * kIn + j]) * a[r * kIn + j];
+    return sum;
+  }
+};
+
+static void check_update(const char* level, decltype(&baseline::update) update) {
+  const Adapter in;
+  Numbers x = in.x, y = in.y, c(in.kCount * in.kRank, NAN);
+  // The second block goes through an order and skips row 9.
+  const int64_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 11, 10};
+  const Block blocks[] = {{0, 8, 0, in.kRank}, {8, 4, 0, in.kRank}};
+  UpdateArgs args{};
+  args.element = Element::f32;
+  args.blocks = blocks;
+  args.order = order;
+  args.in = {x.data(), in.kIn, in.kIn};
+  args.out = {y.data(), in.kOut, in.kOut};
+  args.down = in.down.data();
+  args.up = in.up.data();
+  args.c = {c.data(), in.kRank, in.kRank};
+  update(args, 0, 2);
+  for (int64_t m = 0; m < in.kCount; ++m) {
+    for (int64_t o = 0; o < in.kOut; ++o) {
+      double expected = in.y[m * in.kOut + o];
+      for (int64_t r = 0; m != 9 && r < in.kRank; ++r) expected += in.u(m, r) * in.b[r * in.kOut + o];
+      near(level, y[m * in.kOut + o], expected, 1e-5);
+    }
+    for (int64_t r = 0; m != 9 && r < in.kRank; ++r) near(level, c[m * in.kRank + r], in.u(m, r), 1e-5);
+  }
+}
+
+FW_TEST(lora_update) {
+  FW_AT_LEVELS(update, check_update)
+}
+
+static void check_gradient(const char* level, decltype(&baseline::gradient) gradient) {
+  constexpr int64_t kCount = kGradientRows + 3, kIn = kGradientColumns + 5, kRank = 3;
+  Numbers x = normal(kCount * kIn, 1), c = normal(kCount * kRank, 2), out(kRank * kIn, NAN);
+  const double factors[] = {1.0, 0.5, -2.0};
+  const Block group{0, kCount, 0, kRank};
+  GradientArgs args{};
+  args.element = Element::f32;
+  args.groups = &group;
+  args.strips = 2;
+  args.in = {x.data(), kIn, kIn};
+  args.c = {c.data(), kRank, kRank};
+  args.out = {out.data(), kIn, kIn};
+  args.factors = factors;
+  gradient(args, 0, 2);
+  for (int64_t r = 0; r < kRank; ++r) {
+    for (int64_t j = 0; j < kIn; ++j) {
+      double sum = 0;
+      for (int64_t m = 0; m < kCount; ++m) sum += double(c[m * kRank + r]) * x[m * kIn + j];
+      near(level, out[r * kIn + j], factors[r] * sum, 1e-5);
+    }
+  }
+}
+
+FW_TEST(lora_gradient) {
+  FW_AT_LEVELS(gradient, check_gradient)
+}
+
+static void check_transpose(const char* level, decltype(&baseline::transpose) transpose) {
+  constexpr int64_t kRows = kTransposeRows + 21, kColumns = 19, kStride = kRows + 16;
+  Numbers in = normal(kRows * kColumns, 1), out(kColumns * kStride, NAN);
+  transpose({Element::f32, Element::f32, {in.data(), kColumns, kColumns}, {out.data(), kStride, kRows}, kRows, 2.0}, 0,
+            2);
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t j = 0; j < kColumns; ++j) near(level, out[j * kStride + i], 2.0 * in[i * kColumns + j], 0);
+  }
+  if (!std::isnan(out[kRows])) self_test::fail("padding was written", out[kRows], NAN);
+}
+
+FW_TEST(lora_transpose) {
+  FW_AT_LEVELS(transpose, check_transpose)
+}
+
+}  // namespace fastweights::lora
