@@ -7,12 +7,18 @@
 #include <vector>
 
 #include "core/cpu_level.h"
+#include "core/matrix_rows.h"
 #include "core/parallel.h"
 #include "lora/ops_adapters.h"
 #include "lora/ops_routing.h"
 
 namespace fastweights::lora {
 namespace {
+
+// Kernels only read what they call in.
+Matrix matrix_of(const MatrixRows& rows, int64_t columns) {
+  return {const_cast<void*>(rows.data), rows.stride, columns};
+}
 
 void run_update(const Routing& routing, UpdateArgs& args) {
   const std::vector<Block> blocks = routing.blocks();
@@ -46,12 +52,12 @@ Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tens
   const Routing routing(op, x, adapters.first, segments, indices);
   const Dropout mask = dropout_of(op, dropout, seed);
   adapters.lay_out(routing);
-  const Tensor input = as_rows(x);
+  const MatrixRows input = matrix_rows_of(x);
   Tensor c = routing.plain() ? torch::stable::new_empty(x, {routing.M, routing.width}, adapters.arithmetic)
                              : torch::stable::new_zeros(x, {routing.M, routing.width}, adapters.arithmetic);
   UpdateArgs args{};
   args.element = element_of(x.scalar_type());
-  args.in = {input.data_ptr(), stride_of(input), D};
+  args.in = matrix_of(input, D);
   args.out = {y.mutable_data_ptr(), O, O};
   args.down = adapters.a_rows.data();
   args.up = adapters.b_rows.data();
@@ -80,12 +86,12 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
     check_shape_of_x(op, "dx", *dx, x);
     check_contiguous(op, "dx", *dx);
   }
-  const Tensor input = as_rows(x), grad = as_rows(dy);
+  const MatrixRows input = matrix_rows_of(x), grad = matrix_rows_of(dy);
   const ScalarType type = adapters.arithmetic;
   Tensor h = torch::stable::new_empty(x, {routing.M, routing.width}, type);
   UpdateArgs args{};
   args.element = element_of(x.scalar_type());
-  args.in = {grad.data_ptr(), stride_of(grad), O};
+  args.in = matrix_of(grad, O);
   args.out = {dx ? dx->mutable_data_ptr() : nullptr, D, D};
   args.down = adapters.b_rows.data();
   args.up = adapters.a_rows.data();
@@ -98,7 +104,7 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
   const std::vector<double> ones(size_t(adapters.ranks()), 1.0);
   GradientArgs of_a{};
   of_a.element = args.element;
-  of_a.in = {input.data_ptr(), stride_of(input), D};
+  of_a.in = matrix_of(input, D);
   of_a.c = args.c;
   of_a.out = {da.data_ptr(), D, D};
   of_a.factors = ones.data();

@@ -43,16 +43,6 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
   check(t.is_contiguous(), op, "expected ", name, " to be contiguous, got strides that are not");
 }
 
-// [rows, columns] of any row stride, without a copy where the rows lie evenly.
-inline Tensor as_rows(const Tensor& t) {
-  if (t.dim() == 2) return with_contiguous_last(t);
-  return torch::stable::contiguous(t);
-}
-
-inline int64_t stride_of(const Tensor& t) {
-  return t.dim() == 2 ? t.stride(0) : t.size(t.dim() - 1);
-}
-
 inline Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
   check(p >= 0 && p < 1, op, "expected 0 <= dropout < 1, got ", p);
   if (p == 0) return {};

@@ -1,5 +1,5 @@
 // dx = dy W for bfloat16 in the tile registers of AMX: 16 rows of 64 bytes each, one instruction for 16 x 16 sums over
-// 32 outputs. The decoded weight is the sum of two bfloat16, which is exact to 2^-17; sums are float.
+// 32 outputs. The decoded weight is rounded to bfloat16, as dy is; sums are float.
 //
 // dx^T = W^T dy^T. A tile of W^T is [16 inputs][32 outputs], as decoding gives it; one of dy^T has for every pair of
 // outputs a row of 16 words, word m being the pair of row m; one of dx^T is [16 inputs][16 rows]. Tiles lie one after

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "core/cpu_level.h"
+#include "core/matrix_rows.h"
 #include "core/parallel.h"
 #include "quantization/ops_activations.h"
 #include "quantization/ops_tiles.h"
@@ -27,7 +28,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::option
   check(x.dim() >= 1 && x.size(x.dim() - 1) == w.K, op, "expected x of shape [..., in_features] = [..., ", w.K,
         "], got ", shape_of(x));
   const Element element = element_of(x.scalar_type());
-  const Rows rows = rows_of(x);
+  const MatrixRows rows = matrix_rows_of(x);
   const int64_t M = rows.count;
   Tensor y = new_rows(x, w.N);
 
@@ -69,7 +70,7 @@ Tensor quantized_linear_backward(const Tensor& dy, const Tensor& packed, const s
   check_floating(op, "dy", dy);
   check(dy.dim() >= 1 && dy.size(dy.dim() - 1) == w.N, op, "expected dy of shape [..., out_features] = [..., ", w.N,
         "], got ", shape_of(dy));
-  const Rows rows = rows_of(dy);
+  const MatrixRows rows = matrix_rows_of(dy);
   Tensor dx = new_rows(dy, w.K);
   if (rows.count == 0 || w.K == 0) return dx;
   const Element element = element_of(dy.scalar_type());

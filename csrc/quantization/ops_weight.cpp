@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
-#include <vector>
 
 namespace fastweights::quantization {
 namespace {
@@ -99,28 +98,6 @@ void check_finite(const char* op, const char* what, const Weight& w) {
           what, ", got an infinite or NaN scale, minimum or zero point in outputs ", i / bundles * kStrip, " to ",
           (i / bundles + 1) * kStrip - 1);
   }
-}
-
-Rows rows_of(const Tensor& t) {
-  const auto rows_in_place = [&] {
-    const int64_t d = t.dim();
-    if (d == 0 || (t.size(d - 1) > 1 && t.stride(d - 1) != 1)) return false;
-    for (int64_t i = 0; i + 2 < d; ++i) {
-      if (t.size(i) != 1 && t.stride(i) != t.size(i + 1) * t.stride(i + 1)) return false;
-    }
-    return true;
-  };
-  const Tensor owner = rows_in_place() ? t : torch::stable::contiguous(t);
-  const int64_t d = owner.dim(), width = owner.size(d - 1);
-  int64_t count = 1;
-  for (int64_t i = 0; i + 1 < d; ++i) count *= owner.size(i);
-  return {owner, owner.const_data_ptr(), count, d > 1 ? owner.stride(d - 2) : width};
-}
-
-Tensor new_rows(const Tensor& t, int64_t width) {
-  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
-  sizes.back() = width;
-  return torch::stable::new_empty(t, sizes);
 }
 
 }  // namespace fastweights::quantization

@@ -29,15 +29,4 @@ bool stores_float16(const Weight& weight);
 // Raises if a scale or a minimum is infinite or NaN: `what` says of which tensor.
 void check_finite(const char* op, const char* what, const Weight& weight);
 
-// A tensor [..., width] as rows: without a copy where its leading dimensions have one stride between them.
-struct Rows {
-  Tensor owner;
-  const void* data;
-  int64_t count, stride;
-};
-Rows rows_of(const Tensor& t);
-
-// [..., width] with the leading dimensions of t.
-Tensor new_rows(const Tensor& t, int64_t width);
-
 }  // namespace fastweights::quantization
