@@ -124,6 +124,28 @@ def test_it_is_saved_and_opened_again(kind, tmp_path, tokenizer):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_biases_that_the_model_has_not(dequantize, tmp_path, tokenizer):
+    """AutoGPTQ gives every layer one; zeros change nothing and need no place in what is saved."""
+    write(tmp_path, "gptq", tokenizer)
+    weights = tmp_path / "model.safetensors"
+    whole = load_file(weights)
+    biases = {
+        name.replace("qweight", "bias"): torch.zeros(tensor.shape[1], dtype=torch.float16)
+        for name, tensor in whole.items()
+        if name.endswith("qweight")
+    }
+    save_file(whole | biases, weights)
+    model, words = fw.load(tmp_path, dequantize=dequantize)
+    fw.save(model, words, tmp_path / "again")
+    tokens = random_tokens(1, 8)
+    assert torch.equal(fw.load(tmp_path / "again")[0](tokens).logits, model(tokens).logits)
+    biases["model.layers.0.mlp.up_proj.bias"][5] = 1
+    save_file(whole | biases, weights)
+    with pytest.raises(ValueError, match=r"up_proj has a bias that is not zero where the model"):
+        fw.load(tmp_path, dequantize=dequantize)
+
+
 def test_settings(tmp_path, tokenizer):
     write(tmp_path, "awq", tokenizer)
     model, _ = fw.load(tmp_path, dtype=torch.bfloat16, activation="int8")

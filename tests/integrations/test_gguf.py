@@ -257,6 +257,15 @@ TENSORS = [
 ]
 
 
+def test_a_bias_of_another_size(tmp_path):
+    path = write(tmp_path / "a.gguf", "qwen2")
+    file = read_gguf(path)
+    bias = GGUFTensor.of("blk.0.attn_v.bias", torch.zeros(7), "F32")
+    write_gguf(tmp_path / "b.gguf", GGUF(file.metadata, file.tensors | {bias.name: bias}))
+    with pytest.raises(ValueError, match=r"v_proj.bias of shape \[32\], got \[7\]"):
+        fw.load(tmp_path / "b.gguf")
+
+
 @pytest.mark.parametrize(("change", "message"), TENSORS, ids=[str(i) for i in range(len(TENSORS))])
 def test_tensors_that_do_not_make_a_model(change, message, tmp_path):
     path = write(tmp_path / "a.gguf")
