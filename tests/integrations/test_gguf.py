@@ -160,6 +160,23 @@ class TestDequantized:
         assert model(tokens(1, 12)).logits.isfinite().all()
         model.save_pretrained(tmp_path / "out")
 
+    def test_tensors_that_are_missing(self, tmp_path):
+        path = write(tmp_path / "a.gguf")
+        file = read_gguf(path)
+        write_gguf(path, GGUF(file.metadata, without("blk.1.ffn_gate.weight")(file.tensors)))
+        message = r"^load_gguf: .* lacks 1 tensors, the first is model.layers.1.mlp.gate_proj"
+        with pytest.raises(ValueError, match=message):
+            fw.load(path, dequantize=True)
+
+    def test_blocks_without_end(self, tmp_path):
+        path = write(tmp_path / "a.gguf")
+        file = read_gguf(path)
+        endless = {"llama.block_count": GGUFValue(UINT32, 10**9)}
+        write_gguf(path, GGUF(file.metadata | endless, file.tensors))
+        message = r"^load_gguf: .*llama.block_count: expected at most 21, got 1000000000"
+        with pytest.raises(ValueError, match=message):
+            fw.load(path, dequantize=True)
+
     def test_a_type_that_is_not_packed(self, tmp_path):
         path = write(tmp_path / "a.gguf")
         file = read_gguf(path)
@@ -237,7 +254,6 @@ def instead(name, tensor, type_name):
     return lambda tensors: tensors | {name: GGUFTensor.of(name, tensor, type_name)}
 
 
-WEIGHT = fw.quantize(torch.randn(32, 64), "int8", group_size=32)
 TENSORS = [
     (without("token_embd.weight"), "token_embd.weight: expected a matrix, got"),
     (without("output_norm.weight"), "lacks 1 tensors, the first is model.norm.weight"),
@@ -246,6 +262,11 @@ TENSORS = [
     (renamed("blk.1.ffn_up.weight", "blk.1.ffn_moe.weight"), "ffn_moe.weight: expected a tensor"),
     (renamed("blk.1.ffn_up.weight", "blk.1.attn_q_norm.weight"), "expected no quantized tensor"),
     (instead("rope_freqs.weight", torch.rand(8), "F32"), "rope_freqs.weight: expected the divis"),
+    (
+        instead("rope_freqs.weight", fw.quantize(torch.rand(8, 32), "q8_0"), "Q8_0"),
+        "rope_freqs.weight: expected floats, got Quant",
+    ),
+    (renamed("blk.1.ffn_up.weight", "blk.01.ffn_up.weight"), "blk.01.ffn_up.weight: expected a"),
     (
         instead("blk.1.attn_norm.weight", torch.zeros(63), "F32"),
         r"expected model.layers.1.input_layernorm.weight of shape \[64\]",
