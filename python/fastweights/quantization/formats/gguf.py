@@ -135,6 +135,8 @@ class GGUFTensor:
         )
         if kind in FLOATS and isinstance(tensor, Tensor) and tensor.dtype == FLOATS[kind]:
             shape = tuple(tensor.shape)
+            if not 1 <= len(shape) <= _MOST_DIMS or not all(shape):
+                raise _error(name, f"1 to {_MOST_DIMS} dimensions, none of them 0", f"{[*shape]}")
             rows = tensor.detach().contiguous().view(-1, shape[-1])
             return cls(name, kind, shape, rows.view(torch.uint8).numpy())
         if form.blocks is None or not isinstance(tensor, QuantizedTensor):
@@ -198,13 +200,20 @@ def write_gguf(path: str | Path, file: GGUF) -> None:
         path: to be written, by way of a temporary file beside it: it may be the one that the
             tensors are mapped from.
         file: what it holds. "general.alignment" counts where the metadata has it.
+
+    Raises:
+        ValueError: a value of the metadata that is not of its type.
     """
     alignment = _alignment(file.metadata)
     head = bytearray(
         _MAGIC + struct.pack("<IQQ", file.version, len(file.tensors), len(file.metadata))
     )
     for key, value in file.metadata.items():
-        head += _packed_string(key) + _packed_value(value)
+        try:
+            head += _packed_string(key) + _packed_value(value)
+        except (struct.error, KeyError, AttributeError, UnicodeEncodeError) as error:
+            rule = f"a value, or a list of values, of type {value.type}"
+            raise _error(key, rule, f"{value.value!r:.80}") from error
     offset = 0
     for name, tensor in file.tensors.items():
         head += _packed_string(name) + struct.pack("<I", len(tensor.shape))
