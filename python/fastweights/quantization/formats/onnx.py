@@ -57,7 +57,8 @@ class ONNXTensor:
         """
         dtype = _DTYPES.get(self.data_type)
         if dtype is None or self.data is None:
-            raise _error(self.name, f"raw data of a type in {sorted(_DTYPES)}", f"{self.data_type}")
+            came = f"type {self.data_type}{'' if self.data is not None else ', not raw'}"
+            raise _error(self.name, f"raw data of a type in {sorted(_DTYPES)}", came)
         size = prod(self.shape) * dtype.itemsize
         if self.data.nbytes != size:
             raise _error(self.name, f"{size} bytes for {list(self.shape)}", f"{self.data.nbytes}")
@@ -173,7 +174,7 @@ class _External:
 
     def take(self, name: str, entries: dict[str, str]) -> Bytes:
         location = entries.get("location", "")
-        if not location or Path(location).name != location or location in (".", ".."):
+        if Path(location).name != location or location in ("", "..") or not location.isprintable():
             raise _error(name, "data in the folder of the model", f"{location!r:.80}")
         if location not in self.files:
             self.files[location] = _map(self.folder / location)
