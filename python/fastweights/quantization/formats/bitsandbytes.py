@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.layout import unpack_codes, unpack_stored
-from fastweights.quantization.formats.affine import FLOATS
 from fastweights.quantization.formats.check import Tensors, setting
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import pack_rows, row_parts, rows_of
@@ -110,7 +109,7 @@ class BitsAndBytes4Bit:
         size = n * k // 2 // self.storage.itemsize
         weight = found.take("weight", [self.storage], [size, 1], "[bytes, 1]")
         absmax, kept = state.absmax(found)
-        bias = found.take_finite("bias", FLOATS, [n], "[N]") if "bias" in found else None
+        bias = found.take_bias(n)
         found.end()
         stream = weight.contiguous().view(torch.uint8).view(n, k // 2)
         scale = _spread(absmax, state.block_size, n * k, group).view(n, -1)
