@@ -128,6 +128,17 @@ def test_no_float_copy_is_made(tmp_path):
     assert watch.elements >= INNER * HIDDEN
 
 
+@pytest.mark.parametrize("config", [False, True])
+def test_a_folder_with_a_file(config, tmp_path):
+    """Some have the config.json of the model that the file was made of."""
+    path = write(tmp_path / "a.gguf")
+    model, _ = fw.load(path)
+    if config:
+        model.config.save_pretrained(tmp_path)
+    again, _ = fw.load(tmp_path)
+    assert torch.equal(again(tokens(1, 8)).logits, model(tokens(1, 8)).logits)
+
+
 def test_settings(tmp_path):
     path = write(tmp_path / "a.gguf", types=("Q4_0", "F16"), embedding="F16")
     model, _ = fw.load(path, dtype=torch.bfloat16, activation="int8")

@@ -166,7 +166,9 @@ def fill_model(
     model.load_state_dict(copies, strict=False, assign=True)
     floats = set(dict(model.named_parameters(remove_duplicate=False)))
     ties = model.all_tied_weights_keys
-    if floats.issuperset([*ties.keys(), *ties.values()]):
+    if not done.isdisjoint(ties):  # an output layer that was quantized apart from its embedding
+        model.config.tie_word_embeddings = False
+    elif floats.issuperset([*ties.keys(), *ties.values()]):
         model.tie_weights()
 
 

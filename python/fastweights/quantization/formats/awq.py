@@ -64,7 +64,7 @@ class AWQ:
         """
         version = config.get("version", config.get("format", "gemm"))
         if not isinstance(version, str) or version.lower() != "gemm":
-            raise ValueError(f"{_FORMAT}: version: expected gemm, got {version!r}")
+            raise ValueError(f"{_FORMAT}: version: expected gemm, got {version!r:.80}")
         setting(_FORMAT, config, "zero_point", (None, True))
         bits = integer_setting(_FORMAT, config, "bits", "w_bit")
         if bits != _BITS:

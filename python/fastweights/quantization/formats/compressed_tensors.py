@@ -76,7 +76,7 @@ class CompressedTensors:
         """
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            raise ValueError(f"{_FORMAT}: config_groups: expected at least one, got {groups!r}")
+            raise ValueError(f"{_FORMAT}: config_groups: expected at least one, got {groups!r:.80}")
         settings = {cls._from_group(config, group) for group in groups.values()}
         if len(settings) > 1:
             raise ValueError(
@@ -90,7 +90,7 @@ class CompressedTensors:
     def _from_group(cls, config: Mapping[str, Any], group: Any) -> CompressedTensors:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
-            raise ValueError(f"{_FORMAT}: weights: expected settings, got {weights!r}")
+            raise ValueError(f"{_FORMAT}: weights: expected settings, got {weights!r:.80}")
         for key in ("input_activations", "output_activations"):
             if group.get(key) is not None:
                 raise ValueError(f"{_FORMAT}: {key}: expected none, got {group[key]!r:.80}")
