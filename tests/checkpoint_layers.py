@@ -29,7 +29,10 @@ def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
-        ours, theirs = (t.contiguous().view(-1).view(torch.uint8) for t in (a[name], b[name]))
+        ours, theirs = (
+            t[name].flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+            for t in (a, b)
+        )
         assert torch.equal(ours, theirs), name
 
 

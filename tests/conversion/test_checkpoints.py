@@ -124,6 +124,43 @@ def test_it_is_saved_and_opened_again(kind, tmp_path, tokenizer):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_an_output_layer_quantized_apart_from_a_tied_embedding(dequantize, tmp_path, tokenizer):
+    twin = write(tmp_path, "gptq", tokenizer, tie_word_embeddings=True, vocab_size=64)
+    weights = tmp_path / "model.safetensors"
+    head = layers.gptq(64, 64, bias=False, seed=99)
+    save_file(load_file(weights) | {f"lm_head.{k}": v for k, v in head.items()}, weights)
+    twin.lm_head.weight = nn.Parameter(GPTQ(4, 32).read(head).dequantize())
+    model, words = fw.load(tmp_path, dequantize=dequantize)
+    tokens = torch.randint(64, (1, 8))
+    logits = model(tokens).logits
+    torch.testing.assert_close(logits, twin(tokens).logits, rtol=1e-4, atol=1e-4)
+    fw.save(model, words, tmp_path / "again")
+    assert torch.equal(fw.load(tmp_path / "again")[0](tokens).logits, logits)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_biases_that_the_model_has_not(dequantize, tmp_path, tokenizer):
+    """AutoGPTQ gives every layer one; zeros change nothing and need no place in what is saved."""
+    write(tmp_path, "gptq", tokenizer)
+    weights = tmp_path / "model.safetensors"
+    whole = load_file(weights)
+    biases = {
+        name.replace("qweight", "bias"): torch.zeros(tensor.shape[1], dtype=torch.float16)
+        for name, tensor in whole.items()
+        if name.endswith("qweight")
+    }
+    save_file(whole | biases, weights)
+    model, words = fw.load(tmp_path, dequantize=dequantize)
+    fw.save(model, words, tmp_path / "again")
+    tokens = random_tokens(1, 8)
+    assert torch.equal(fw.load(tmp_path / "again")[0](tokens).logits, model(tokens).logits)
+    biases["model.layers.0.mlp.up_proj.bias"][5] = 1
+    save_file(whole | biases, weights)
+    with pytest.raises(ValueError, match=r"up_proj has a bias that is not zero where the model"):
+        fw.load(tmp_path, dequantize=dequantize)
+
+
 def test_settings(tmp_path, tokenizer):
     write(tmp_path, "awq", tokenizer)
     model, _ = fw.load(tmp_path, dtype=torch.bfloat16, activation="int8")

@@ -128,6 +128,17 @@ def test_no_float_copy_is_made(tmp_path):
     assert watch.elements >= INNER * HIDDEN
 
 
+@pytest.mark.parametrize("config", [False, True])
+def test_a_folder_with_a_file(config, tmp_path):
+    """Some have the config.json of the model that the file was made of."""
+    path = write(tmp_path / "a.gguf")
+    model, _ = fw.load(path)
+    if config:
+        model.config.save_pretrained(tmp_path)
+    again, _ = fw.load(tmp_path)
+    assert torch.equal(again(tokens(1, 8)).logits, model(tokens(1, 8)).logits)
+
+
 def test_settings(tmp_path):
     path = write(tmp_path / "a.gguf", types=("Q4_0", "F16"), embedding="F16")
     model, _ = fw.load(path, dtype=torch.bfloat16, activation="int8")
@@ -159,6 +170,23 @@ class TestDequantized:
         fw.linearize(model, window=64, feature_dim=6)
         assert model(tokens(1, 12)).logits.isfinite().all()
         model.save_pretrained(tmp_path / "out")
+
+    def test_tensors_that_are_missing(self, tmp_path):
+        path = write(tmp_path / "a.gguf")
+        file = read_gguf(path)
+        write_gguf(path, GGUF(file.metadata, without("blk.1.ffn_gate.weight")(file.tensors)))
+        message = r"^load_gguf: .* lacks 1 tensors, the first is model.layers.1.mlp.gate_proj"
+        with pytest.raises(ValueError, match=message):
+            fw.load(path, dequantize=True)
+
+    def test_blocks_without_end(self, tmp_path):
+        path = write(tmp_path / "a.gguf")
+        file = read_gguf(path)
+        endless = {"llama.block_count": GGUFValue(UINT32, 10**9)}
+        write_gguf(path, GGUF(file.metadata | endless, file.tensors))
+        message = r"^load_gguf: .*llama.block_count: expected at most 21, got 1000000000"
+        with pytest.raises(ValueError, match=message):
+            fw.load(path, dequantize=True)
 
     def test_a_type_that_is_not_packed(self, tmp_path):
         path = write(tmp_path / "a.gguf")
@@ -237,7 +265,6 @@ def instead(name, tensor, type_name):
     return lambda tensors: tensors | {name: GGUFTensor.of(name, tensor, type_name)}
 
 
-WEIGHT = fw.quantize(torch.randn(32, 64), "int8", group_size=32)
 TENSORS = [
     (without("token_embd.weight"), "token_embd.weight: expected a matrix, got"),
     (without("output_norm.weight"), "lacks 1 tensors, the first is model.norm.weight"),
@@ -247,6 +274,11 @@ TENSORS = [
     (renamed("blk.1.ffn_up.weight", "blk.1.attn_q_norm.weight"), "expected no quantized tensor"),
     (instead("rope_freqs.weight", torch.rand(8), "F32"), "rope_freqs.weight: expected the divis"),
     (
+        instead("rope_freqs.weight", fw.quantize(torch.rand(8, 32), "q8_0"), "Q8_0"),
+        "rope_freqs.weight: expected floats, got Quant",
+    ),
+    (renamed("blk.1.ffn_up.weight", "blk.01.ffn_up.weight"), "blk.01.ffn_up.weight: expected a"),
+    (
         instead("blk.1.attn_norm.weight", torch.zeros(63), "F32"),
         r"expected model.layers.1.input_layernorm.weight of shape \[64\]",
     ),
@@ -255,6 +287,15 @@ TENSORS = [
         r"mlp.up_proj.weight of shape \[96, 64\]",
     ),
 ]
+
+
+def test_a_bias_of_another_size(tmp_path):
+    path = write(tmp_path / "a.gguf", "qwen2")
+    file = read_gguf(path)
+    bias = GGUFTensor.of("blk.0.attn_v.bias", torch.zeros(7), "F32")
+    write_gguf(tmp_path / "b.gguf", GGUF(file.metadata, file.tensors | {bias.name: bias}))
+    with pytest.raises(ValueError, match=r"v_proj.bias of shape \[32\], got \[7\]"):
+        fw.load(tmp_path / "b.gguf")
 
 
 @pytest.mark.parametrize(("change", "message"), TENSORS, ids=[str(i) for i in range(len(TENSORS))])

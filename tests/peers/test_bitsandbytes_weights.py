@@ -22,10 +22,10 @@ def test_llm_int8(shape, bias):
     dequantize = bitsandbytes.functional.int8_vectorwise_dequant
     steps = stored["SCB"][:, None] / 127
     change = (layer.dequantize() - dequantize(stored["weight"], stored["SCB"])).abs() / steps
-    assert change.max() <= 2**-14
+    assert change.max() <= 2**-16  # theirs rounds a product of up to 127 steps twice, ours once
     x = torch.randn(3, k)
     exact = x @ (stored["weight"] * steps).T + (stored["bias"] if bias else 0)
-    torch.testing.assert_close(layer.module()(x), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.module()(x), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

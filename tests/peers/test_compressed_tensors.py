@@ -33,7 +33,7 @@ def test_its_files(bits, group, symmetric):
     layer = form.read(stored)
     steps = stored["weight_scale"].repeat_interleave(group or 128, 1)
     change = (layer.dequantize() - theirs).abs() / steps
-    assert change.max() <= 2**-20 * 2**bits  # theirs is rounded to float32
+    assert change.max() <= 2.0 ** (bits - 23)  # one rounding of theirs, one of scale * zero of ours
     again = form.write(layer)
     assert again.keys() == stored.keys()
     for name in again:

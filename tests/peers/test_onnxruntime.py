@@ -61,5 +61,5 @@ def test_its_files(bits, block, symmetric, k, tmp_path):
     (theirs,) = session.run(None, {"x": x.numpy()})
     ours = layer.module()(x)
     largest = (x.abs() @ layer.dequantize().abs().T).max()
-    # Scales and minima in float16 on our side, the order of the sums on both.
-    assert np.abs(ours.numpy() - theirs).max() <= (2**-11 + 1e-5) * 2 * float(largest)
+    # The weights are the same; the sums are in another order.
+    assert np.abs(ours.numpy() - theirs).max() <= 1e-6 * float(largest)

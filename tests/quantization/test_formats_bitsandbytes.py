@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastweights as fw
-from checkpoint_layers import bits_and_bytes, gptq, same
+from checkpoint_layers import LargestFloat, bits_and_bytes, gptq, same
 from fastweights.quantization.formats import GPTQ, BitsAndBytes4Bit, Layer
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -69,6 +69,24 @@ def test_what_we_quantize_is_written_where_it_fits():
     layer = BitsAndBytes4Bit().read(bits_and_bytes(16, 128, nested=True))
     other = Layer(fw.quantize(w, "nf4"), kept=layer.kept)
     assert "weight.nested_absmax" not in BitsAndBytes4Bit().write(other)
+
+
+def test_what_is_kept_of_another_weight():
+    """Its blocks are no longer those of the weight: another shape, or as many of another type."""
+    ones = torch.ones(16, 128)
+    kept = BitsAndBytes4Bit().read(BitsAndBytes4Bit().write(Layer(fw.quantize(ones, "nf4")))).kept
+    for form, w in (("nf4", ones.repeat(2, 1)), ("nf4", ones.view(8, 256)), ("fp4", ones)):
+        layer = Layer(fw.quantize(w, form, group_size=64), kept=kept)
+        again = BitsAndBytes4Bit(form).read(BitsAndBytes4Bit(form).write(layer))
+        assert torch.equal(again.dequantize(), w)
+
+
+def test_writing_makes_no_float_copy():
+    layer = BitsAndBytes4Bit().read(bits_and_bytes(64, 128))
+    for each in (layer, Layer(layer.weight)):
+        with LargestFloat() as watch:
+            BitsAndBytes4Bit().write(each)
+        assert 0 < watch.elements <= 64 * 128 // 32
 
 
 def state(**changes):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from checkpoint_layers import bit_stream, check_values, gptq, int32, same
 from checkpoint_layers import compressed_tensors as checkpoint
@@ -35,6 +36,18 @@ def definition(tensors, bits, dense, group):
 def test_against_the_definition(bits, dense, symmetric):
     tensors = checkpoint(bits=bits, dense=dense, symmetric=symmetric)
     form = CompressedTensors(bits, 32, symmetric, dense)
+    layer = form.read(tensors)
+    check_values(layer, *definition(tensors, bits, dense, 32), bits)
+    same(form.write(layer), tensors)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 70), (3, 1), (8, 64)])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("dense", [True, False])
+def test_rows_of_one_word(n, k, bits, dense):
+    """As a file has them: the strides of ours are those of the transpose that they come from."""
+    tensors = load(save(checkpoint(n, k, bits, dense=dense, symmetric=False)))
+    form = CompressedTensors(bits, 32, False, dense)
     layer = form.read(tensors)
     check_values(layer, *definition(tensors, bits, dense, 32), bits)
     same(form.write(layer), tensors)

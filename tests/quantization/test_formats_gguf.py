@@ -306,6 +306,24 @@ def test_a_file_is_written_over_itself(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (4, 0), (1, 1, 1, 1, 2)])
+def test_floats_that_have_no_place(shape):
+    with pytest.raises(ValueError, match="gguf: w: expected 1 to 4 dimensions, none of them 0"):
+        GGUFTensor.of("w", torch.zeros(shape), "F32")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [(0, 300), (4, "x"), (4, [1, "x"]), (8, 3), (8, "\ud800"), (9, [1]), (99, 1)],
+    ids=str,
+)
+def test_metadata_of_another_type(value, tmp_path):
+    file = GGUF({"key": GGUFValue(*value)}, {})
+    with pytest.raises(ValueError, match=f"gguf: key: expected a value, .* of type {value[0]}, go"):
+        write_gguf(tmp_path / "a.gguf", file)
+    assert not list(tmp_path.iterdir())
+
+
 def test_metadata_keeps_its_types(tmp_path):
     metadata = {"a": GGUFValue(0, 3), "b": GGUFValue(8, ["x"]), "c": GGUFValue(12, 0.1)}
     write_gguf(tmp_path / "a.gguf", GGUF(metadata, {}, 2))

@@ -141,6 +141,9 @@ def test_files(external, tmp_path):
         (("../weights.bin", 0, 4), "expected data in the folder of the model"),
         (("/etc/passwd", 0, 4), "expected data in the folder of the model"),
         (("", 0, 4), "expected data in the folder of the model"),
+        (("..", 0, 4), "expected data in the folder of the model"),
+        ((".", 0, 4), "expected data in the folder of the model"),
+        (("a\nb", 0, 4), r"expected data in the folder of the model, got 'a\\nb'"),
         (("none.bin", 0, 4), "cannot be read: No such file"),
         (("weights.bin", 8, 20), "norm: expected 20 bytes at 8 of weights.bin, got a file of 24"),
         (("weights.bin", -4, 20), "norm: expected a number as offset and length, got '-4'"),
@@ -153,6 +156,21 @@ def test_data_outside_the_file(place, message, tmp_path):
     write(path, place=place)
     with pytest.raises(ValueError, match="onnx: .*" + message):
         read_onnx(path).tensors["norm"].read()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "message"),
+    [
+        (1, 4, "w: expected raw data of a type in .*, got type 1, not raw"),
+        (8, 9, "w: expected .* got type 8$"),
+    ],
+)
+def test_data_of_another_kind(kind, field, message, tmp_path):
+    number, text = onnx_files.number, onnx_files.text
+    tensor = number(1, 2) + number(2, kind) + text(8, "w") + text(field, bytes(8))
+    (tmp_path / "a.onnx").write_bytes(onnx_files.model([], [tensor]))
+    with pytest.raises(ValueError, match="onnx: " + message):
+        read_onnx(tmp_path / "a.onnx").tensors["w"].read()
 
 
 def damaged(*parts):

@@ -82,7 +82,8 @@ def put_layer(
         State-dict names that are there now.
 
     Raises:
-        ValueError: another shape than the model's, or no bias where it has one.
+        ValueError: another shape than the model's, no bias where it has one, or one that is not
+            zero where it has none.
     """
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
@@ -91,9 +92,8 @@ def put_layer(
         raise ValueError(
             f"load: expected {name} of shape {list(shape)}, got {list(layer.weight.shape)}"
         )
-    if linear.bias is not None and layer.bias is None:
-        raise ValueError(f"load: {name} has no bias where the model has one")
-    bias = None if layer.bias is None else layer.bias.to(dtype, copy=True)
+    bias = _bias(linear, name, layer.bias)
+    bias = None if bias is None else bias.to(dtype, copy=True)
     put: nn.Module = QuantizedLinear(layer.weight, bias, layer.order)
     if dequantize:
         put = nn.Linear(shape[1], shape[0], bias=bias is not None, device="meta")
@@ -103,6 +103,23 @@ def put_layer(
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, put)
     return {f"{name}.{part}" for part in put.state_dict()}
+
+
+def _bias(linear: nn.Linear, name: str, bias: Tensor | None) -> Tensor | None:
+    """The bias of the checkpoint that the model has a place for."""
+    if bias is None:
+        if linear.bias is not None:
+            raise ValueError(f"load: {name} has no bias where the model has one")
+        return None
+    if bias.shape != (linear.out_features,):
+        raise ValueError(
+            f"load: expected {name}.bias of shape {[linear.out_features]}, got {list(bias.shape)}"
+        )
+    if linear.bias is None:
+        if bool(bias.any()):
+            raise ValueError(f"load: {name} has a bias that is not zero where the model has none")
+        return None  # AutoGPTQ gives every layer one
+    return bias
 
 
 def put_embedding(model: Any, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> set[str]:
@@ -149,7 +166,9 @@ def fill_model(
     model.load_state_dict(copies, strict=False, assign=True)
     floats = set(dict(model.named_parameters(remove_duplicate=False)))
     ties = model.all_tied_weights_keys
-    if floats.issuperset([*ties.keys(), *ties.values()]):
+    if not done.isdisjoint(ties):  # an output layer that was quantized apart from its embedding
+        model.config.tie_word_embeddings = False
+    elif floats.issuperset([*ties.keys(), *ties.values()]):
         model.tie_weights()
 
 

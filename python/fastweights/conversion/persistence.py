@@ -92,7 +92,7 @@ def load(
     if activation not in ACTIVATIONS:
         raise ValueError(f"load: expected activation in {ACTIVATIONS}, got {activation!r}")
     source = Path(path)
-    if not (source / "config.json").is_file():
+    if not ((source / "config.json").is_file() and any(source.glob("*.safetensors"))):
         source = _only(source, "*.gguf") or source
     if source.is_file() and source.suffix != ".onnx":
         from fastweights.integrations.gguf import load_gguf, load_packed_gguf

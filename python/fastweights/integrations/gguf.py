@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastweights.conversion.checkpoints import empty_model, fill_model, put_embedding, put_layer
-from fastweights.integrations.gguf_config import ROPE_FREQS, config_of
+from fastweights.integrations.gguf_config import ROPE_FREQS, check_blocks, config_of
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.formats.check import broken
 from fastweights.quantization.formats.gguf import GGUF, read_gguf
@@ -34,7 +34,7 @@ _INNER = {
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_LAYER = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
+_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([a-z_]+)\.(weight|bias)")
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -53,15 +53,23 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
             read.
     """
     source = Path(path)
-    _open(source)
+    file = _open(source)
+    try:
+        check_blocks(file)
+    except ValueError as error:
+        raise ValueError(f"load_gguf: {source}: {error}") from error
     from transformers import AutoModelForCausalLM
 
-    model = _by_transformers(
+    model, found = _by_transformers(
         source,
         lambda: AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=dtype
+            source.parent, gguf_file=source.name, dtype=dtype, output_loading_info=True
         ),
     )
+    if missing := sorted(found["missing_keys"]):  # transformers makes random ones
+        raise ValueError(
+            f"load_gguf: {source} lacks {len(missing)} tensors, the first is {missing[0]}"
+        )
     tokenizer = _tokenizer(source)
     bad = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
     if bad is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastweights.quantization.formats.gguf import GGUF
 
-__all__ = ["ARCHITECTURES", "config_of"]
+__all__ = ["ARCHITECTURES", "check_blocks", "config_of"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _INTEGERS, _FLOATS = (0, 1, 2, 3, 4, 5, 10, 11), (6, 12)  # types of metadata
@@ -20,7 +20,7 @@ _IDS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+_BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -88,6 +88,13 @@ def config_of(file: GGUF) -> Any:
     return kinds[kind](**settings)
 
 
+def check_blocks(file: GGUF) -> None:
+    """Raises where the metadata, of any architecture, has more blocks than there are tensors."""
+    key = f"{_get(file, 'general.architecture', (8,), None)}.block_count"
+    if (blocks := _integer(file, key, 1)) > len(file.tensors):
+        raise ValueError(f"{key}: expected at most {len(file.tensors)}, got {blocks}")
+
+
 def _rope(file: GGUF, kind: str, head_dim: int) -> dict[str, Any]:
     parameters = {"rope_theta": _positive(file, f"{kind}.rope.freq_base", 10000.0)}
     key = f"{kind}.rope.scaling.type"
@@ -108,7 +115,8 @@ def _rope(file: GGUF, kind: str, head_dim: int) -> dict[str, Any]:
 def _llama3(file: GGUF, base: float, head_dim: int) -> dict[str, Any]:
     """Llama 3's slowed frequencies, which a file has as one divisor each, from their largest."""
     divisors = file.tensors[ROPE_FREQS].read()
-    assert isinstance(divisors, Tensor)
+    if not isinstance(divisors, Tensor):
+        raise ValueError(f"{ROPE_FREQS}: expected floats, got {divisors}")
     factor, original = float(divisors.max()), 8192
     waves = 2 * math.pi * base ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     smooth = ((original / waves - 1) / (4 - 1)).clamp(0, 1)  # low_freq_factor 1, high_freq_factor 4

@@ -20,11 +20,9 @@ from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import pack_rows, rows_of
 
 __all__ = [
-    "FLOATS", "Affine", "from_layer", "group_count", "group_width", "input_groups", "input_order",
-    "to_layer",
+    "Affine", "from_layer", "group_count", "group_width", "input_groups", "input_order",
+    "require_middle_zeros", "to_layer",
 ]  # fmt: skip
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +190,17 @@ def from_layer(
         return part if back is None else part[:, back]
 
     return Affine((n, k), bits, group_size, codes, stored, zero, layer.order, layer.bias)
+
+
+def require_middle_zeros(format: str, source: Affine) -> None:
+    """Raises unless the weight is one for a file without zero points: all are ``2**(bits - 1)``."""
+    middle = 1 << (source.bits - 1)
+    wrong = source.zero != middle
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{format}: expected a symmetric weight, zero points of {middle}, "
+            f"got {float(source.zero[wrong][0]):g}"
+        )
 
 
 def _integers(bits: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastweights.quantization.formats import affine
 from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
-from fastweights.quantization.formats.check import Tensors, integer_setting, setting
+from fastweights.quantization.formats.check import FLOATS, Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import row_parts
 
@@ -64,7 +64,7 @@ class AWQ:
         """
         version = config.get("version", config.get("format", "gemm"))
         if not isinstance(version, str) or version.lower() != "gemm":
-            raise ValueError(f"{_FORMAT}: version: expected gemm, got {version!r}")
+            raise ValueError(f"{_FORMAT}: version: expected gemm, got {version!r:.80}")
         setting(_FORMAT, config, "zero_point", (None, True))
         bits = integer_setting(_FORMAT, config, "bits", "w_bit")
         if bits != _BITS:
@@ -89,8 +89,8 @@ class AWQ:
         k, n = qweight.shape[0], qweight.shape[1] * 8
         groups = affine.group_count(_FORMAT, _BITS, self.group_size, k)
         qzeros = found.take("qzeros", [torch.int32], [groups, n // 8], "[groups, N / 8]")
-        scales = found.take_finite("scales", affine.FLOATS, [groups, n], "[groups, N]")
-        bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
+        scales = found.take_finite("scales", FLOATS, [groups, n], "[groups, N]")
+        bias = found.take_bias(n)
         found.end()
 
         def codes(start: int, stop: int) -> Tensor:

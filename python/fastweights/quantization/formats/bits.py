@@ -55,12 +55,17 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def as_bytes(words: Tensor) -> Tensor:
     """Integers ``[R, C]`` of any size as little-endian uint8 ``[R, C * itemsize]``."""
-    return words.contiguous().view(torch.uint8)
+    return _packed(words).view(torch.uint8)
 
 
 def as_words(stream: Tensor) -> Tensor:
     """uint8 ``[R, B]`` as int32 ``[R, ceil(B / 4)]``, the last word filled up with zeros."""
-    return _resize(stream, -(-stream.shape[1] // 4) * 4).contiguous().view(torch.int32)
+    return _packed(_resize(stream, -(-stream.shape[1] // 4) * 4)).view(torch.int32)
+
+
+def _packed(t: Tensor) -> Tensor:
+    """A copy without gaps: to `contiguous` any stride of a single row or column is right."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.layout import unpack_codes, unpack_stored
-from fastweights.quantization.formats.affine import FLOATS
 from fastweights.quantization.formats.check import Tensors, setting
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import pack_rows, row_parts, rows_of
@@ -110,10 +109,10 @@ class BitsAndBytes4Bit:
         size = n * k // 2 // self.storage.itemsize
         weight = found.take("weight", [self.storage], [size, 1], "[bytes, 1]")
         absmax, kept = state.absmax(found)
-        bias = found.take_finite("bias", FLOATS, [n], "[N]") if "bias" in found else None
+        bias = found.take_bias(n)
         found.end()
         stream = weight.contiguous().view(torch.uint8).view(n, k // 2)
-        scale = absmax[torch.arange(0, n * k, group) // state.block_size].view(n, -1)
+        scale = _spread(absmax, state.block_size, n * k, group).view(n, -1)
 
         def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
             taken = stream[start:stop]
@@ -153,17 +152,16 @@ class BitsAndBytes4Bit:
     def _blocks(self, layer: Layer, scale: Tensor) -> dict[str, Tensor]:
         """The tensors about blocks: those of the file if they give `scale`, else new ones."""
         n, k = layer.weight.shape
-        group = layer.weight.group_size
+        group, flat = layer.weight.group_size, scale.flatten()
         if layer.kept:
             kept = Tensors(_FORMAT, layer.kept)
             state = _State.take(kept)
             absmax, tensors = state.absmax(kept)
-            per_group = absmax[torch.arange(0, n * k, group) // state.block_size]
-            if torch.equal(per_group, scale.flatten()):
+            of_this = (state.quant_type, state.shape) == (layer.weight.format, (n, k))
+            if of_this and torch.equal(_spread(absmax, state.block_size, n * k, group), flat):
                 return tensors
-        blocks = scale.flatten().repeat_interleave(group)[:: self.block_size]
-        again = blocks.repeat_interleave(self.block_size)[: n * k : group]
-        if k % group or not torch.equal(again, scale.flatten()):
+        blocks = _spread(flat, group, n * k, self.block_size)
+        if k % group or not torch.equal(_spread(blocks, self.block_size, n * k, group), flat):
             raise ValueError(
                 f"{_FORMAT}: expected one scale in every {self.block_size} weights, got others"
             )
@@ -241,6 +239,11 @@ class _State:
             if not bool(absmax.isfinite().all()):
                 raise found.error("weight.nested_absmax", "finite maxima", "larger ones")
         return absmax, {name: tensor.clone() for name, tensor in kept.items()}
+
+
+def _spread(values: Tensor, every: int, count: int, step: int) -> Tensor:
+    """Of one value for `every` weights, those at weights 0, `step`, ... below `count`."""
+    return values[torch.arange(0, count, step) // every]
 
 
 def _is_block_size(value: Any) -> TypeGuard[int]:

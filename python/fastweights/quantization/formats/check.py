@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Tensors", "broken", "integer_setting", "setting"]
+__all__ = ["FLOATS", "Bytes", "Tensors", "broken", "integer_setting", "map_file", "setting"]
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _MOST = 1 << 31  # outputs and inputs of a weight
 
 
@@ -56,6 +60,10 @@ class Tensors:
             raise self.error(name, "finite values", "an infinite or NaN one")
         return tensor
 
+    def take_bias(self, outputs: int) -> Tensor | None:
+        """The floats "bias" ``[outputs]``, which a layer need not have."""
+        return self.take_finite("bias", FLOATS, [outputs], "[N]") if "bias" in self else None
+
     def end(self) -> None:
         """Raises if a tensor has not been taken."""
         if self._tensors:
@@ -70,6 +78,16 @@ class Tensors:
 def broken(format: str, name: str, rule: str, came: object) -> ValueError:
     """The exception for a part of a file that breaks a rule: one line, whatever its name is."""
     return ValueError(f"{format}: {repr(name)[1:-1]:.200}: expected {rule}, got {came}")
+
+
+def map_file(format: str, path: str | Path) -> Bytes:
+    """The bytes of a file, mapped into memory."""
+    try:
+        # Copy on write: torch wants memory that can be written, which the file must not be.
+        return np.asarray(np.memmap(path, mode="c"))
+    except (OSError, ValueError) as error:  # numpy's own for an empty file
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{format}: {path} cannot be read: {reason}") from error
 
 
 def setting(format: str, config: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> Any:

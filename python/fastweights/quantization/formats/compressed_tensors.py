@@ -12,7 +12,7 @@ from torch import Tensor
 from fastweights.quantization.formats import affine
 from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
-from fastweights.quantization.formats.check import Tensors, integer_setting, setting
+from fastweights.quantization.formats.check import FLOATS, Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import row_parts
 
@@ -76,7 +76,7 @@ class CompressedTensors:
         """
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            raise ValueError(f"{_FORMAT}: config_groups: expected at least one, got {groups!r}")
+            raise ValueError(f"{_FORMAT}: config_groups: expected at least one, got {groups!r:.80}")
         settings = {cls._from_group(config, group) for group in groups.values()}
         if len(settings) > 1:
             raise ValueError(
@@ -90,7 +90,7 @@ class CompressedTensors:
     def _from_group(cls, config: Mapping[str, Any], group: Any) -> CompressedTensors:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
-            raise ValueError(f"{_FORMAT}: weights: expected settings, got {weights!r}")
+            raise ValueError(f"{_FORMAT}: weights: expected settings, got {weights!r:.80}")
         for key in ("input_activations", "output_activations"):
             if group.get(key) is not None:
                 raise ValueError(f"{_FORMAT}: {key}: expected none, got {group[key]!r:.80}")
@@ -126,14 +126,14 @@ class CompressedTensors:
         if shape[0] != n or not 0 < k < 1 << 31 or self._columns(k, dense) != columns:
             raise found.error("weight_shape", f"[{n}, inputs] of {columns} words", f"{shape}")
         groups = affine.group_count(_FORMAT, self.bits, self.group_size, k)
-        scale = found.take_finite("weight_scale", affine.FLOATS, [n, groups], "[N, groups]")
+        scale = found.take_finite("weight_scale", FLOATS, [n, groups], "[N, groups]")
         zero = torch.full((n, groups), 1 << (self.bits - 1))
         if not self.symmetric:
             sizes = [self._columns(n, dense), groups]
             words = found.take("weight_zero_point", [torch.int32], sizes, "[words of N, groups]")
             zero = self._unpack(words.T, n, dense).T
         order = self._order(found, k)
-        bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
+        bias = found.take_bias(n)
         found.end()
 
         def codes(start: int, stop: int) -> Tensor:
@@ -159,11 +159,11 @@ class CompressedTensors:
             "weight_shape": torch.tensor([n, k]),
             "weight_scale": source.scale.contiguous(),
         }
-        if not self.symmetric:
+        if self.symmetric:
+            affine.require_middle_zeros(_FORMAT, source)
+        else:
             zero = self._pack(source.zero.T.to(torch.uint8))
             tensors["weight_zero_point"] = zero.T.contiguous()
-        elif bool((source.zero != 1 << (self.bits - 1)).any()):
-            raise ValueError(f"{_FORMAT}: expected a symmetric weight, got other zero points")
         if self.g_idx or source.order is not None:
             tensors["weight_g_idx"] = affine.input_groups(_FORMAT, source)
         if source.bias is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastweights.ops.quantization.formats import FORMATS
 from fastweights.ops.quantization.layout import unpack_codes, unpack_stored
 from fastweights.ops.quantization.tensor import QuantizedTensor
-from fastweights.quantization.formats.check import broken
+from fastweights.quantization.formats.check import Bytes, broken, map_file
 from fastweights.quantization.formats.gguf_blocks import FLOATS, TYPES, Blocks, TensorType
 from fastweights.quantization.formats.rows import pack_rows, row_parts, rows_of
 
@@ -63,7 +63,7 @@ class GGUFTensor:
     name: str
     type: int
     shape: tuple[int, ...]
-    data: np.ndarray[Any, np.dtype[np.uint8]]
+    data: Bytes
 
     @property
     def type_name(self) -> str:
@@ -135,6 +135,8 @@ class GGUFTensor:
         )
         if kind in FLOATS and isinstance(tensor, Tensor) and tensor.dtype == FLOATS[kind]:
             shape = tuple(tensor.shape)
+            if not 1 <= len(shape) <= _MOST_DIMS or not all(shape):
+                raise _error(name, f"1 to {_MOST_DIMS} dimensions, none of them 0", f"{[*shape]}")
             rows = tensor.detach().contiguous().view(-1, shape[-1])
             return cls(name, kind, shape, rows.view(torch.uint8).numpy())
         if form.blocks is None or not isinstance(tensor, QuantizedTensor):
@@ -182,13 +184,7 @@ def read_gguf(path: str | Path) -> GGUF:
         >>> torch.equal(again.packed, weight.packed)
         True
     """
-    try:
-        # Copy on write: torch wants memory that can be written, which the file must not be.
-        whole = np.memmap(path, mode="c")
-    except (OSError, ValueError) as error:  # numpy's own for an empty file
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"gguf: {path} cannot be read: {reason}") from error
-    return _parse(whole)
+    return _parse(map_file("gguf", path))
 
 
 def write_gguf(path: str | Path, file: GGUF) -> None:
@@ -198,13 +194,20 @@ def write_gguf(path: str | Path, file: GGUF) -> None:
         path: to be written, by way of a temporary file beside it: it may be the one that the
             tensors are mapped from.
         file: what it holds. "general.alignment" counts where the metadata has it.
+
+    Raises:
+        ValueError: a value of the metadata that is not of its type.
     """
     alignment = _alignment(file.metadata)
     head = bytearray(
         _MAGIC + struct.pack("<IQQ", file.version, len(file.tensors), len(file.metadata))
     )
     for key, value in file.metadata.items():
-        head += _packed_string(key) + _packed_value(value)
+        try:
+            head += _packed_string(key) + _packed_value(value)
+        except (struct.error, KeyError, AttributeError, UnicodeEncodeError) as error:
+            rule = f"a value, or a list of values, of type {value.type}"
+            raise _error(key, rule, f"{value.value!r:.80}") from error
     offset = 0
     for name, tensor in file.tensors.items():
         head += _packed_string(name) + struct.pack("<I", len(tensor.shape))
@@ -228,7 +231,7 @@ def write_gguf(path: str | Path, file: GGUF) -> None:
 class _Cursor:
     """A place in the bytes of a file that never leaves them."""
 
-    def __init__(self, whole: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def __init__(self, whole: Bytes) -> None:
         self.bytes = whole.data
         self.at = 0
 
@@ -261,7 +264,7 @@ class _Cursor:
             raise _error(what, "UTF-8", f"{raw[:32]!r}") from error
 
 
-def _parse(whole: np.ndarray[Any, np.dtype[np.uint8]]) -> GGUF:
+def _parse(whole: Bytes) -> GGUF:
     cursor = _Cursor(whole)
     magic = bytes(cursor.take(4, "magic"))
     if magic != _MAGIC:
@@ -290,7 +293,7 @@ def _parse(whole: np.ndarray[Any, np.dtype[np.uint8]]) -> GGUF:
         if start + offset + size > len(whole):
             raise _error(name, f"{size} bytes at {start + offset}", f"a file of {len(whole)}")
         data = whole[start + offset : start + offset + size].reshape(prod(shape[:-1]), -1)
-        tensors[name] = GGUFTensor(name, kind, shape, np.asarray(data))
+        tensors[name] = GGUFTensor(name, kind, shape, data)
     return GGUF(metadata, tensors, version)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastweights.quantization.formats import affine
 from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import as_bytes, as_words, pack_bits, unpack_bits
-from fastweights.quantization.formats.check import Tensors, integer_setting, setting
+from fastweights.quantization.formats.check import FLOATS, Tensors, integer_setting, setting
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import row_parts
 
@@ -104,13 +104,13 @@ class GPTQ:
         groups = affine.group_count(_FORMAT, self.bits, self.group_size, k)
         words = [groups, n * self.bits // 32]
         qzeros = found.take("qzeros", [torch.int32], words, "[groups, N * bits / 32]")
-        scales = found.take_finite("scales", affine.FLOATS, [groups, n], "[groups, N]")
+        scales = found.take_finite("scales", FLOATS, [groups, n], "[groups, N]")
         order = None
         if "g_idx" in found:
             g_idx = found.take("g_idx", [torch.int32], [k], "[in_features]")
             width = affine.group_width(_FORMAT, self.bits, self.group_size, k)
             order = affine.input_order(found, "g_idx", g_idx, width)
-        bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
+        bias = found.take_bias(n)
         found.end()
 
         zero = unpack_bits(as_bytes(qzeros), self.bits, n).T

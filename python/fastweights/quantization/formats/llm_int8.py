@@ -80,7 +80,7 @@ class LLMInt8:
             form = found.take("weight_format", [torch.uint8], [], "a number")
             if int(form) != 0:
                 raise found.error("weight_format", "0, rows of the weight", f"{int(form)}")
-        bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
+        bias = found.take_bias(n)
         found.end()
 
         def codes(start: int, stop: int) -> Tensor:
@@ -100,8 +100,7 @@ class LLMInt8:
         """
         source = affine.from_layer(_FORMAT, layer, 8, -1)
         n, k = source.shape
-        if bool((source.zero != _ZERO).any()):
-            raise ValueError(f"{_FORMAT}: expected a symmetric weight, got other zero points")
+        affine.require_middle_zeros(_FORMAT, source)
         if source.order is not None:
             raise ValueError(f"{_FORMAT}: expected inputs in their own order, got another")
         rows = [source.codes(start, stop) for start, stop in row_parts(n, k)]

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from fastweights.quantization.formats import affine
 from fastweights.quantization.formats.affine import Affine
 from fastweights.quantization.formats.bits import pack_bits, unpack_bits
-from fastweights.quantization.formats.check import Tensors
+from fastweights.quantization.formats.check import FLOATS, Tensors
 from fastweights.quantization.formats.layer import Layer
 from fastweights.quantization.formats.rows import row_parts
 
@@ -110,9 +110,8 @@ class MatMulNBits:
         n, k, blocks = self.out_features, self.in_features, self._blocks
         sizes = [n, blocks, self.block_size * self.bits // 8]
         stream = found.take("B", [torch.uint8], sizes, "[N, blocks, bytes per block]").flatten(1)
-        scales = found.take_finite(
-            "scales", affine.FLOATS, self._shape(n, blocks), "[N, blocks]"
-        ).view(n, blocks)
+        scales = found.take_finite("scales", FLOATS, self._shape(n, blocks), "[N, blocks]")
+        scales = scales.view(n, blocks)
         zero = torch.full((n, blocks), 1 << (self.bits - 1))
         if self.zero_points == "packed":
             width = -(-blocks * self.bits // 8)
@@ -127,7 +126,7 @@ class MatMulNBits:
         if "g_idx" in found:
             g_idx = found.take("g_idx", [torch.int32], [k], "[in_features]")
             order = affine.input_order(found, "g_idx", g_idx, self.block_size)
-        bias = found.take_finite("bias", affine.FLOATS, [n], "[N]") if "bias" in found else None
+        bias = found.take_bias(n)
         found.end()
 
         def codes(start: int, stop: int) -> Tensor:
@@ -151,9 +150,8 @@ class MatMulNBits:
         n, k, blocks = self.out_features, self.in_features, self._blocks
         if source.shape != (n, k):
             raise ValueError(f"{_FORMAT}: expected a weight {[n, k]}, got {list(source.shape)}")
-        middle = 1 << (self.bits - 1)
-        if self.zero_points is None and bool((source.zero != middle).any()):
-            raise ValueError(f"{_FORMAT}: expected a symmetric weight, got other zero points")
+        if self.zero_points is None:
+            affine.require_middle_zeros(_FORMAT, source)
         missing = blocks * self.block_size - k
         rows = [
             pack_bits(pad(source.codes(start, stop), (0, missing)), self.bits)
@@ -164,6 +162,7 @@ class MatMulNBits:
             "scales": source.scale.reshape(self._shape(n, blocks)).clone(),
         }
         if self.zero_points == "packed":
+            middle = 1 << (self.bits - 1)
             zeros = pad(source.zero.to(torch.uint8), (0, -blocks % (8 // self.bits)), value=middle)
             packed = pack_bits(zeros, self.bits)
             tensors["zero_points"] = packed.reshape(self._shape(n, packed.shape[1]))

@@ -10,18 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastweights.quantization.formats.check import broken
+from fastweights.quantization.formats.check import Bytes, broken, map_file
 from fastweights.quantization.formats.matmul_nbits import MatMulNBits
 
 __all__ = ["ONNX", "ONNXNode", "ONNXTensor", "quantized_layers", "read_onnx"]
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64,
@@ -57,7 +53,8 @@ class ONNXTensor:
         """
         dtype = _DTYPES.get(self.data_type)
         if dtype is None or self.data is None:
-            raise _error(self.name, f"raw data of a type in {sorted(_DTYPES)}", f"{self.data_type}")
+            came = f"type {self.data_type}{'' if self.data is not None else ', not raw'}"
+            raise _error(self.name, f"raw data of a type in {sorted(_DTYPES)}", came)
         size = prod(self.shape) * dtype.itemsize
         if self.data.nbytes != size:
             raise _error(self.name, f"{size} bytes for {list(self.shape)}", f"{self.data.nbytes}")
@@ -108,7 +105,11 @@ def read_onnx(path: str | Path) -> ONNX:
         ValueError: the file cannot be read, is truncated or damaged.
     """
     source = Path(path)
-    graphs = [v for n, v in _fields(_map(source), "model") if n == 7 and not isinstance(v, int)]
+    graphs = [
+        v
+        for n, v in _fields(map_file("onnx", source), "model")
+        if n == 7 and not isinstance(v, int)
+    ]
     if len(graphs) != 1:
         raise _error("model", "one graph", f"{len(graphs)}")
     file, external = ONNX(), _External(source.parent)
@@ -173,10 +174,10 @@ class _External:
 
     def take(self, name: str, entries: dict[str, str]) -> Bytes:
         location = entries.get("location", "")
-        if not location or Path(location).name != location or location in (".", ".."):
+        if Path(location).name != location or location in ("", "..") or not location.isprintable():
             raise _error(name, "data in the folder of the model", f"{location!r:.80}")
         if location not in self.files:
-            self.files[location] = _map(self.folder / location)
+            self.files[location] = map_file("onnx", self.folder / location)
         whole = self.files[location]
         offset = _number(name, entries.get("offset", "0"))
         length = _number(name, entries.get("length", str(max(len(whole) - offset, 0))))
@@ -305,15 +306,6 @@ def _text(value: int | Bytes, what: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _error(what, "UTF-8", f"{raw[:32]!r}") from error
-
-
-def _map(path: Path) -> Bytes:
-    try:
-        # Copy on write: torch wants memory that can be written, which the file must not be.
-        return np.asarray(np.memmap(path, mode="c"))
-    except (OSError, ValueError) as error:  # numpy's own for an empty file
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"onnx: {path} cannot be read: {reason}") from error
 
 
 def _error(name: str, rule: str, came: object) -> ValueError:
