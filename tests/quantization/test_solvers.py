@@ -419,6 +419,17 @@ def test_bad_rules():
         round_to_nearest(torch.eye(4), "int1", rule="mse")
 
 
+@pytest.mark.parametrize("rule", ["minmax", "mse", "search"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e7])
+@pytest.mark.parametrize("make", [RoundToNearest, lambda rule: GPTQ(rule=rule)])
+def test_weights_that_no_scale_fits(make, value, rule):
+    model = nn.Sequential(nn.Linear(32, 32))
+    model[0].weight.data[5, 7] = value
+    with pytest.raises(RuntimeError, match="expected finite w within the range of float16, got"):
+        quantize_(model, "int4", solver=make(rule), calibration=torch.eye(32), progress=False)
+    assert type(model[0]) is nn.Linear
+
+
 def test_half_precision_models():
     model = copy.deepcopy(softmax_model()).bfloat16()
     quantize_(model, **TARGET, solver=GPTQ(), calibration=TOKENS, progress=False)
