@@ -106,6 +106,56 @@ def test_what_can_be_folded_elsewhere(kind, expected):
     assert find_folds(block) == expected
 
 
+class Layer(nn.Module):
+    """A norm, which a scale can be moved out of, and two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        with torch.no_grad():
+            self.norm.weight[::8] *= 20
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Tied(nn.Module):
+    """Two layers that have something in common; or one that runs twice."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        first, second = self.layers
+        if what == "layer":
+            self.layers[1] = first
+        elif what.endswith(".weight"):
+            name = what.removesuffix(".weight")
+            getattr(second, name).weight = getattr(first, name).weight
+        else:
+            setattr(second, what, getattr(first, what))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("what", ["norm", "up", "norm.weight", "up.weight", "down.weight", "layer"])
+@pytest.mark.parametrize("solver", [AWQ(steps=4), SmoothQuantPlus(alphas=(0.5,))])
+def test_what_blocks_share_is_not_scaled(solver, what):
+    x, model = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)), Tied(what)
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    first = next(Walk(model, names, read_samples(x), TARGET).blocks())
+    norm, up = Fold("norm", ("up",)), Fold("up", ("down",))
+    assert find_folds(first) == {"layer": [norm, up], "down.weight": [norm]}.get(
+        what, [up] if what.startswith("norm") else []
+    )
+    exact = model(x).detach()
+    quantize_(model, "int8", group_size=32, solver=solver, calibration=x, progress=False)
+    assert (model(x) - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 @pytest.mark.parametrize("make", [outlier_model, linear_model])
 def test_folds_leave_the_model_as_it_is(make):
     model = make()

@@ -71,7 +71,7 @@ def find_folds(block: Block) -> list[Fold]:
     channel that ran before, and it is one if moving a scale of random powers of two leaves every
     bit of the block's output. That finds norms, the rows of a value projection behind as many heads
     as queries have, an up projection behind its gate or a ReLU; it refuses norms whose output
-    something else reads.
+    something else reads. Parameters that other blocks share are left alone.
     """
     groups = block.shared_inputs()
     ran = _order(block)
@@ -84,9 +84,11 @@ def find_folds(block: Block) -> list[Fold]:
         earlier = ran[: ran.index(names[0])] if names[0] in ran else []
         for name in reversed(earlier):
             before = block.module.get_submodule(name)
-            if name in names or not _scalable(before, width):
+            changed = [before, *readers]
+            tied = any(p in block.tied for m in changed for p in m.parameters())
+            if name in names or tied or not _scalable(before, width):
                 continue
-            with restored([before, *readers]):
+            with restored(changed):
                 fold_scale(before, readers, scale)
                 same = all(torch.equal(a, b) for a, b in zip(_leaves(block), exact, strict=True))
             if same:

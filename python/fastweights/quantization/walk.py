@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Block:
         linears: what to quantize, by the name within the block; "" is the block itself.
         calls: one or more for every sample; none for solvers that look at no inputs.
         target: format, group size and activation, as `fastweights.quantize` takes them.
+        tied: parameters that something outside of the block has, too; they must not be changed.
         exact: for solvers that compare: the block as it was, and its calls in the float model.
     """
 
@@ -49,6 +51,7 @@ class Block:
     linears: dict[str, nn.Linear]
     calls: list[Call]
     target: dict[str, Any]
+    tied: frozenset[nn.Parameter] = frozenset()
     exact: tuple[nn.Module, list[Call]] | None = None
     _times: dict[str, int] = field(default_factory=dict)
 
@@ -152,6 +155,7 @@ class Walk:
         for name in linears:
             block = _block_of(model, name)
             self._linears.setdefault(block, []).append(name[len(block) + 1 :])
+        self._tied = _tied(model, [model.get_submodule(name) for name in self._linears])
         self._survey = _Survey(model, list(self._linears), samples, keep=compares)
 
     @property
@@ -171,7 +175,7 @@ class Walk:
                 assert isinstance(linear, nn.Linear)
                 linears[inner] = linear
             calls = survey.calls(name) if rows is None else survey.chain(name, rows, previous)
-            block = Block(name, module, linears, calls, self.target)
+            block = Block(name, module, linears, calls, self.target, self._tied)
             previous = name, calls
             if self.compares:
                 noted = survey.noted(name)
@@ -340,6 +344,22 @@ def _renewed(arguments: Any, old: Call, new: Call) -> Any:
         return arguments
     fresh = {id(a): b for a, b in zip(before, after, strict=True) if isinstance(a, Tensor)}
     return pytree.tree_map(lambda leaf: fresh.get(id(leaf), leaf), arguments)
+
+
+def _tied(model: nn.Module, blocks: list[nn.Module]) -> frozenset[nn.Parameter]:
+    """Parameters that several blocks have, or a block and what lies outside of all."""
+    outside: set[nn.Parameter] = set()
+    seen, left = set(blocks), [model]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            outside.update(module.parameters(recurse=False))
+            left += module.children()
+    owners = Counter(outside)
+    for block in blocks:
+        owners.update(block.parameters())
+    return frozenset(p for p, count in owners.items() if count > 1)
 
 
 def _block_of(model: nn.Module, name: str) -> str:
