@@ -84,7 +84,7 @@ def inputs_of(model, samples, kind=QuantizedLinear):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _, args, name=name: seen.setdefault(name, []).append(
-                        args[0].flatten(0, -2).float()
+                        args[0].flatten(0, -2).float().clone()
                     )
                 )
             )
@@ -96,7 +96,36 @@ def inputs_of(model, samples, kind=QuantizedLinear):
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+class InPlace(nn.Module):
+    """Lists of lists, layers that write to their input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([Adding(), nn.ModuleDict({"a": Adding(), "b": Adding()})])
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = x.clone()
+        for first, others in self.layers:
+            x = others["b"](others["a"](first(x)))
+        return x
+
+
+class Adding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x):
+        x += self.down(torch.tanh(self.up(x)))
+        return x
+
+
 CASES = {
+    "in place": (InPlace, torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))),
     "llama": (softmax_model, TOKENS),
     "linear": (linear_model, TOKENS),
     "lists": (Branches, torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))),
@@ -166,7 +195,7 @@ def test_exact_inputs_are_those_of_the_float_model():
             for name, linear in block.linears.items():
                 block.replace(name, round_to_nearest(linear.weight, **block.target))
 
-    for case in ("llama", "lists"):
+    for case in ("llama", "lists", "in place"):
         make, calibration = CASES[case]
         seen = {}
         quantize_(make(), **TARGET, solver=Compare(seen), calibration=calibration, progress=False)

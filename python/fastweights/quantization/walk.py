@@ -29,7 +29,7 @@ class Call:
 
     def run(self, module: nn.Module) -> Any:
         """The block's output."""
-        return module(*self.args, **self.options)
+        return module(*_first_copied(self.args), **self.options)
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Block:
         seen: list[Tensor] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            seen.append(args[0].flatten(0, -2).float())
+            seen.append(args[0].flatten(0, -2).to(torch.float32, copy=True))
             if len(seen) == self._times.get(name):
                 raise _Reached
 
@@ -217,7 +217,7 @@ class _Survey:
             follows = place > 0 and _follows(self.order[place - 1], latest, args, options)
             if not (starts or follows):
                 self._unchained.add(name)
-            self._calls[name].append(Call(args, options))
+            self._calls[name].append(Call(_first_copied(args), options))
 
         def after(module: nn.Module, args: Any, options: Any, output: Any) -> None:
             nonlocal latest
@@ -283,7 +283,7 @@ class _Survey:
         for sample, counts in zip(self.samples, self._counts, strict=True):
 
             def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-                here.append(Call(args, options))
+                here.append(Call(_first_copied(args), options))
                 if len(here) == counts.get(name, 0):  # noqa: B023 - called within this turn
                     raise _Reached
 
@@ -325,6 +325,11 @@ def set_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, new)
 
 
+def _first_copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Blocks may write to their first argument, ``x += ...``."""
+    return tuple(x.clone() if not i and isinstance(x, Tensor) else x for i, x in enumerate(args))
+
+
 def _follows(
     previous: str, latest: tuple[str, list[Tensor]], args: tuple[Any, ...], options: dict[str, Any]
 ) -> bool:
@@ -363,9 +368,14 @@ def _tied(model: nn.Module, blocks: list[nn.Module]) -> frozenset[nn.Parameter]:
 
 
 def _block_of(model: nn.Module, name: str) -> str:
-    """The outermost entry of an `nn.ModuleList` that holds a layer, or the layer itself."""
-    parts = name.split(".")
+    """The outermost entry of an `nn.ModuleList` that holds a layer, or the layer itself.
+
+    Entries that are containers themselves are never called; theirs are.
+    """
+    parts, listed = name.split("."), False
     for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return ".".join(parts[: end + 1])
+        module = model.get_submodule(".".join(parts[:end]))
+        listed = listed or isinstance(module, nn.ModuleList)
+        if listed and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return ".".join(parts[:end])
     return name
