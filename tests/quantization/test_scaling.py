@@ -1,6 +1,8 @@
 """Scales moved between layers, and the two solvers that move them: AWQ and SmoothQuant+."""
 
 import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from fastweights import quantize_
 from fastweights.functional import dequantize
 from fastweights.nn import QuantizedLinear
-from fastweights.quantization import AWQ, RoundToNearest, SmoothQuantPlus
+from fastweights.quantization import AWQ, GPTQ, RoundToNearest, SmoothQuantPlus
 from fastweights.quantization.round_to_nearest import round_to_nearest
 from fastweights.quantization.samples import read_samples
 from fastweights.quantization.scaling import Fold, find_folds, fold_scale
@@ -154,6 +156,23 @@ def test_what_blocks_share_is_not_scaled(solver, what):
     exact = model(x).detach()
     quantize_(model, "int8", group_size=32, solver=solver, calibration=x, progress=False)
     assert (model(x) - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@dataclass
+class Opaque:
+    y: torch.Tensor
+
+
+def test_outputs_that_nobody_can_look_into():
+    """Nothing can be compared, so no trial could fail."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer()])
+    model.layers[0].register_forward_hook(lambda module, args, output: Opaque(output))
+    model.forward = lambda x: model.layers[0](x).y
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(ValueError, match="expected tensors in what a block returns, got Opaque"):
+        quantize_(model, **TARGET, solver=AWQ(), calibration=x, progress=False)
+    quantize_(model, **TARGET, solver=GPTQ(), calibration=x, progress=False)
 
 
 @pytest.mark.parametrize("make", [outlier_model, linear_model])
@@ -306,6 +325,35 @@ def test_smoothing_is_left_out_where_it_harms():
     quantize_(model, **TARGET, solver=worst, calibration=TOKENS, progress=False)
     plain = quantize_(softmax_model(), **TARGET)
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
+class Tagger(nn.Module):
+    """Logits of a few classes, for every token or for all together."""
+
+    def __init__(self, each):
+        super().__init__()
+        torch.manual_seed(0)
+        self.each, self.embedding = each, nn.Embedding(SIZES["vocab_size"], 32)
+        self.layers, self.head = nn.ModuleList([Layer(), Layer()]), nn.Linear(32, 3)
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return Logits(self.head(x if self.each else x.mean(1)))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_smoothing_of_a_classifier(each):
+    """It has tokens and logits, but predicts no token."""
+    model, solver = Tagger(each), SmoothQuantPlus(alphas=(0.25, 0.5))
+    exact = model(TOKENS).logits.detach()
+    quantize_(model, "int8", group_size=32, solver=solver, calibration=TOKENS, progress=False)
+    assert (model(TOKENS).logits - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_the_search_leaves_the_float_model_alone():

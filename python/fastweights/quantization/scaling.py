@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fastweights.quantization.walk import Block, hooked
+from fastweights.quantization.walk import Block, hooked, tensors_of
 
 __all__ = ["Fold", "find_folds", "fold_scale", "restored"]
 
@@ -121,8 +120,7 @@ def _powers_of_two(width: int) -> Tensor:
 
 
 def _leaves(block: Block) -> list[Tensor]:
-    output = block.calls[0].run(block.module)
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    return tensors_of(block.calls[0].run(block.module))
 
 
 def _order(block: Block) -> list[str]:

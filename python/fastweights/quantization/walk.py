@@ -17,7 +17,7 @@ from fastweights.ops.quantization.layers import QuantizedLinear
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.samples import Sample
 
-__all__ = ["Block", "Call", "Walk", "first_tensor", "hooked", "set_module"]
+__all__ = ["Block", "Call", "Walk", "hooked", "set_module", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Block:
     def outputs(self, calls: Sequence[Call] | None = None) -> list[Tensor]:
         """The first tensor that the block returns, call by call."""
         chosen = self.calls if calls is None else calls
-        return [first_tensor(call.run(self.module)) for call in chosen]
+        return [tensors_of(call.run(self.module))[0] for call in chosen]
 
     def replace(self, name: str, weight: QuantizedTensor, order: Tensor | None = None) -> None:
         """Puts a quantized layer in the place of a linear one."""
@@ -190,7 +190,7 @@ class Walk:
                 rows = block.outputs()
                 if block.exact is not None:
                     exact, calls = block.exact
-                    exact_rows = [first_tensor(call.run(exact)) for call in calls]
+                    exact_rows = [tensors_of(call.run(exact))[0] for call in calls]
 
 
 class _Survey:
@@ -298,10 +298,19 @@ class _Reached(Exception):
     """Ends a forward pass of which nothing more is needed."""
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor of whatever a module returns."""
-    tensor: Tensor = next(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-    return tensor
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of whatever a module returns.
+
+    Raises:
+        ValueError: there are none, or in a class that torch cannot look into.
+    """
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    if not tensors:
+        raise ValueError(
+            "quantize_: expected tensors in what a block returns, "
+            f"got {type(output).__name__} (tuples, lists and mappings are looked into)"
+        )
+    return tensors
 
 
 @contextmanager
