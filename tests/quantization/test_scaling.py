@@ -1,6 +1,7 @@
 """Scales moved between layers, and the two solvers that move them: AWQ and SmoothQuant+."""
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from fastweights import quantize_
 from fastweights.functional import dequantize
 from fastweights.nn import QuantizedLinear
 from fastweights.quantization import AWQ, GPTQ, RoundToNearest, SmoothQuantPlus
+from fastweights.quantization.awq import scaling_of
 from fastweights.quantization.round_to_nearest import round_to_nearest
 from fastweights.quantization.samples import read_samples
 from fastweights.quantization.scaling import Fold, find_folds, fold_scale
@@ -300,6 +302,38 @@ def test_awq_without_clipping_or_scaling_is_nearest_rounding():
     plain = round_to_nearest(weight, **TARGET)
     assert torch.equal(model.layers[0][1].packed, plain.packed)
     assert torch.equal(model.layers[0][0].weight.data, torch.ones(32))
+
+
+def test_awq_scales_only_channels_that_are_used():
+    """What the calibration does not reach may be used later; by 1e-4 its weights would be lost."""
+    x, w = torch.tensor([4.0, 0, 1, 9]), torch.tensor([0.5, 0.5, 0, 0.5])
+    torch.testing.assert_close(
+        scaling_of(x, w, 0.5), torch.tensor([(2 / 3) ** 0.5, 1, 1, (3 / 2) ** 0.5])
+    )
+    assert torch.equal(scaling_of(0 * x, w, 0.5), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "clipped"), [("block_sparse_moe.w1", True), ("attn.q_proj", False), ("key", False)]
+)
+def test_awq_clips_all_but_queries_and_keys(name, clipped):
+    """One weight far out, on a channel that is hardly ever used."""
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 1e-3
+    weights = []
+    for clips in (1, 10):
+        torch.manual_seed(0)
+        linear = nn.Linear(32, 16)
+        linear.weight.data[:, 5] = 2
+        layer = linear
+        for part in reversed(name.split(".")):
+            layer = nn.Sequential(OrderedDict({part: layer}))
+        model = nn.Sequential(nn.ModuleList([layer]))
+        model.forward = layer.__call__
+        solver = AWQ(clips=clips, rule="minmax")
+        quantize_(model, **TARGET, solver=solver, calibration=x, progress=False)
+        weights.append(dequantize(layer.get_submodule(name).weight))
+    assert torch.equal(*weights) != clipped
 
 
 def test_awq_clips_groups_that_gain_from_it():
