@@ -403,6 +403,25 @@ def test_the_search_leaves_the_float_model_alone():
     assert all(torch.equal(v, before.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+def test_resumes_with_the_loss_of_another_process(tmp_path):
+    """The same function, at another address."""
+
+    def run():
+        def loss(model, sample):
+            return sample.run(model).logits.square().mean()
+
+        solver = SmoothQuantPlus(alphas=(0.25, 0.5), loss=loss)
+        model = outlier_model()
+        quantize_(
+            model, **TARGET, solver=solver, calibration=TOKENS, checkpoint=tmp_path, progress=False
+        )
+        return solver, model.state_dict()
+
+    (first, expected), (second, resumed) = run(), run()
+    assert repr(first) != repr(second)
+    assert all(torch.equal(v, expected[k]) for k, v in resumed.items())
+
+
 @pytest.mark.parametrize("solver", [AWQ(steps=4), SmoothQuantPlus(alphas=(0.25, 0.5))])
 def test_resumes_from_a_checkpoint(tmp_path, solver):
     def run(**options):
