@@ -124,7 +124,25 @@ class Adding(nn.Module):
         return x
 
 
+class Gained(nn.Module):
+    """What lies between two layers depends on the sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x if len(x) != 1 else 2 * x)
+        return x
+
+
 CASES = {
+    "by sample": (
+        Gained,
+        [torch.randn(n, 5, 32, generator=torch.Generator().manual_seed(n)) for n in (2, 1, 3)],
+    ),
     "in place": (InPlace, torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))),
     "llama": (softmax_model, TOKENS),
     "linear": (linear_model, TOKENS),
@@ -195,7 +213,7 @@ def test_exact_inputs_are_those_of_the_float_model():
             for name, linear in block.linears.items():
                 block.replace(name, round_to_nearest(linear.weight, **block.target))
 
-    for case in ("llama", "lists", "in place"):
+    for case in ("llama", "lists", "in place", "by sample"):
         make, calibration = CASES[case]
         seen = {}
         quantize_(make(), **TARGET, solver=Compare(seen), calibration=calibration, progress=False)

@@ -237,6 +237,9 @@ class _Survey:
                 )
             if len(self._calls[name]) != len(samples):
                 self._unchained.add(name)
+            dropped = any(call.args and call.args[0] is None for call in self._calls[name])
+            if keep and dropped and not self.chained(name):  # only a later sample showed it
+                self._calls[name] = self._captured(name)
 
     def _drop_first_arguments(self, keep: bool) -> None:
         """Of the calls that can be told from the block before, so that memory stays bounded."""
