@@ -105,7 +105,7 @@ def main(cases, out=RESULTS, page=PAGE):
         if case not in known:
             raise SystemExit(f"expected cases of {known}, got {case!r}")
     results = json.loads(out.read_text()) if out.exists() else {}
-    model, tokenizer = fw.load(smollm2())
+    model, tokenizer = fw.load(smollm2(), dequantize=True)
     text = Text.of(tokenizer)
     if "float32" not in results:
         results["float32"] = {

@@ -1,6 +1,9 @@
 """Scales moved between layers, and the two solvers that move them: AWQ and SmoothQuant+."""
 
 import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from torch import nn
 from fastweights import quantize_
 from fastweights.functional import dequantize
 from fastweights.nn import QuantizedLinear
-from fastweights.quantization import AWQ, RoundToNearest, SmoothQuantPlus
+from fastweights.quantization import AWQ, GPTQ, RoundToNearest, SmoothQuantPlus
+from fastweights.quantization.awq import scaling_of
 from fastweights.quantization.round_to_nearest import round_to_nearest
 from fastweights.quantization.samples import read_samples
 from fastweights.quantization.scaling import Fold, find_folds, fold_scale
@@ -104,6 +108,73 @@ def test_what_can_be_folded_elsewhere(kind, expected):
     model.forward = lambda x: model.layers[0](x)
     (block,) = blocks(model, torch.randn(2, 5, 32))
     assert find_folds(block) == expected
+
+
+class Layer(nn.Module):
+    """A norm, which a scale can be moved out of, and two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        with torch.no_grad():
+            self.norm.weight[::8] *= 20
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Tied(nn.Module):
+    """Two layers that have something in common; or one that runs twice."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        first, second = self.layers
+        if what == "layer":
+            self.layers[1] = first
+        elif what.endswith(".weight"):
+            name = what.removesuffix(".weight")
+            getattr(second, name).weight = getattr(first, name).weight
+        else:
+            setattr(second, what, getattr(first, what))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("what", ["norm", "up", "norm.weight", "up.weight", "down.weight", "layer"])
+@pytest.mark.parametrize("solver", [AWQ(steps=4), SmoothQuantPlus(alphas=(0.5,))])
+def test_what_blocks_share_is_not_scaled(solver, what):
+    x, model = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)), Tied(what)
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    first = next(Walk(model, names, read_samples(x), TARGET).blocks())
+    norm, up = Fold("norm", ("up",)), Fold("up", ("down",))
+    assert find_folds(first) == {"layer": [norm, up], "down.weight": [norm]}.get(
+        what, [up] if what.startswith("norm") else []
+    )
+    exact = model(x).detach()
+    quantize_(model, "int8", group_size=32, solver=solver, calibration=x, progress=False)
+    assert (model(x) - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@dataclass
+class Opaque:
+    y: torch.Tensor
+
+
+def test_outputs_that_nobody_can_look_into():
+    """Nothing can be compared, so no trial could fail."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer()])
+    model.layers[0].register_forward_hook(lambda module, args, output: Opaque(output))
+    model.forward = lambda x: model.layers[0](x).y
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(ValueError, match="expected tensors in what a block returns, got Opaque"):
+        quantize_(model, **TARGET, solver=AWQ(), calibration=x, progress=False)
+    quantize_(model, **TARGET, solver=GPTQ(), calibration=x, progress=False)
 
 
 @pytest.mark.parametrize("make", [outlier_model, linear_model])
@@ -233,6 +304,38 @@ def test_awq_without_clipping_or_scaling_is_nearest_rounding():
     assert torch.equal(model.layers[0][0].weight.data, torch.ones(32))
 
 
+def test_awq_scales_only_channels_that_are_used():
+    """What the calibration does not reach may be used later; by 1e-4 its weights would be lost."""
+    x, w = torch.tensor([4.0, 0, 1, 9]), torch.tensor([0.5, 0.5, 0, 0.5])
+    torch.testing.assert_close(
+        scaling_of(x, w, 0.5), torch.tensor([(2 / 3) ** 0.5, 1, 1, (3 / 2) ** 0.5])
+    )
+    assert torch.equal(scaling_of(0 * x, w, 0.5), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "clipped"), [("block_sparse_moe.w1", True), ("attn.q_proj", False), ("key", False)]
+)
+def test_awq_clips_all_but_queries_and_keys(name, clipped):
+    """One weight far out, on a channel that is hardly ever used."""
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 1e-3
+    weights = []
+    for clips in (1, 10):
+        torch.manual_seed(0)
+        linear = nn.Linear(32, 16)
+        linear.weight.data[:, 5] = 2
+        layer = linear
+        for part in reversed(name.split(".")):
+            layer = nn.Sequential(OrderedDict({part: layer}))
+        model = nn.Sequential(nn.ModuleList([layer]))
+        model.forward = layer.__call__
+        solver = AWQ(clips=clips, rule="minmax")
+        quantize_(model, **TARGET, solver=solver, calibration=x, progress=False)
+        weights.append(dequantize(layer.get_submodule(name).weight))
+    assert torch.equal(*weights) != clipped
+
+
 def test_awq_clips_groups_that_gain_from_it():
     """One weight far out, on a channel that is hardly ever used."""
     w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
@@ -258,6 +361,35 @@ def test_smoothing_is_left_out_where_it_harms():
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
+class Tagger(nn.Module):
+    """Logits of a few classes, for every token or for all together."""
+
+    def __init__(self, each):
+        super().__init__()
+        torch.manual_seed(0)
+        self.each, self.embedding = each, nn.Embedding(SIZES["vocab_size"], 32)
+        self.layers, self.head = nn.ModuleList([Layer(), Layer()]), nn.Linear(32, 3)
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return Logits(self.head(x if self.each else x.mean(1)))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_smoothing_of_a_classifier(each):
+    """It has tokens and logits, but predicts no token."""
+    model, solver = Tagger(each), SmoothQuantPlus(alphas=(0.25, 0.5))
+    exact = model(TOKENS).logits.detach()
+    quantize_(model, "int8", group_size=32, solver=solver, calibration=TOKENS, progress=False)
+    assert (model(TOKENS).logits - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_the_search_leaves_the_float_model_alone():
     model, before = outlier_model(), outlier_model()
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
@@ -269,6 +401,25 @@ def test_the_search_leaves_the_float_model_alone():
     assert float(prepared["alpha"]) in (0.25, 0.5) or prepared["alpha"].isnan()
     assert list(model.model.layers) == layers
     assert all(torch.equal(v, before.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_resumes_with_the_loss_of_another_process(tmp_path):
+    """The same function, at another address."""
+
+    def run():
+        def loss(model, sample):
+            return sample.run(model).logits.square().mean()
+
+        solver = SmoothQuantPlus(alphas=(0.25, 0.5), loss=loss)
+        model = outlier_model()
+        quantize_(
+            model, **TARGET, solver=solver, calibration=TOKENS, checkpoint=tmp_path, progress=False
+        )
+        return solver, model.state_dict()
+
+    (first, expected), (second, resumed) = run(), run()
+    assert repr(first) != repr(second)
+    assert all(torch.equal(v, expected[k]) for k, v in resumed.items())
 
 
 @pytest.mark.parametrize("solver", [AWQ(steps=4), SmoothQuantPlus(alphas=(0.25, 0.5))])

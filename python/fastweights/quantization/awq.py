@@ -16,7 +16,8 @@ from fastweights.quantization.walk import Block
 
 __all__ = ["AWQ"]
 
-# Projections whose outputs meet in a product: their clipping does more harm than good (AutoAWQ).
+# In the last part of a name: projections whose outputs meet in a product; their clipping does more
+# harm than good (AutoAWQ).
 _NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
 
 
@@ -72,7 +73,7 @@ class AWQ(Solver):
             moments = _group_moments(block, names[0], group_size)
             for name in names:
                 w = block.linears[name].weight.detach().float()
-                if not any(part in name for part in _NOT_CLIPPED):
+                if not any(part in name.rpartition(".")[2] for part in _NOT_CLIPPED):
                     w = self._clipped(w, moments, block.target)
                 block.replace(name, round_to_nearest(w, **block.target, rule=self.rule))
 
@@ -85,9 +86,7 @@ class AWQ(Solver):
         w = _relative_magnitude(readers, block.target["group_size"])
         best, least = None, self._error(block, readers, torch.ones_like(x), exact)
         for i in range(self.steps):
-            r = i / self.steps
-            scale = (x**r / (w ** (1 - r) + 1e-4)).clamp(min=1e-4)
-            scale = scale / (scale.max() * scale.min()).sqrt()
+            scale = scaling_of(x, w, i / self.steps)
             error = self._error(block, readers, scale, exact)
             if error < least:
                 best, least = scale, error
@@ -122,6 +121,21 @@ class AWQ(Solver):
             least = torch.minimum(error, least)
         clipped: Tensor = best.flatten(1)[:, :k]
         return clipped
+
+
+def scaling_of(x: Tensor, w: Tensor, r: float) -> Tensor:
+    """``s = x^r / w^(1 - r)`` ``[K]`` over its geometric middle; 1 for channels never used.
+
+    Args:
+        x: ``[K]``, mean magnitude of every channel of the input.
+        w: ``[K]``, that of the weights relative to their groups.
+        r: in [0, 1].
+    """
+    used = (x > 0) & (w > 0)
+    scale = (x**r / (w ** (1 - r) + 1e-4)).clamp(min=1e-4)[used]
+    if not len(scale):
+        return torch.ones_like(x)
+    return torch.ones_like(x).masked_scatter(used, scale / (scale.max() * scale.min()).sqrt())
 
 
 def _mean_magnitude(block: Block, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Checkpoint:
         self, folder: Path, solver: Any, samples: list[Sample], target: dict[str, Any]
     ) -> None:
         self.folder = folder
-        self._settings = {"solver": repr(solver), **target, "calibration": fingerprint(samples)}
+        name = re.sub(r" at 0x[0-9a-f]+", "", repr(solver))  # a function lies elsewhere next time
+        self._settings = {"solver": name, **target, "calibration": fingerprint(samples)}
         self._before: dict[str, Any] = {}
 
     def prepared(self) -> dict[str, Tensor] | None:

@@ -108,9 +108,13 @@ class GPTQ(Solver):
             ValueError: a Hessian that is not square, finite and positive semidefinite.
         """
         k = hessian.shape[-1]
-        if hessian.shape != (k, k) or not bool(torch.isfinite(hessian).all()):
+        if hessian.shape != (k, k):
+            raise ValueError(f"gptq: expected a hessian of shape [K, K], got {list(hessian.shape)}")
+        bad = int(hessian.isfinite().logical_not().sum())
+        if bad:
             raise ValueError(
-                f"gptq: expected a finite hessian of shape [K, K], got {list(hessian.shape)}"
+                f"gptq: expected a finite hessian, got {bad} elements of {k * k} that are infinite "
+                "or NaN; so are inputs of the layer, or their squares"
             )
         order = torch.arange(k, device=hessian.device)
         if self.act_order:

@@ -73,6 +73,7 @@ def round_to_nearest(
 
     Raises:
         ValueError: an unknown format, activation or rule.
+        RuntimeError: a weight that is not finite, or too large for float16 scales.
     """
     check_rule("round_to_nearest", rule)
     if rule == "search" or activation not in ACTIVATIONS:
@@ -85,6 +86,12 @@ def round_to_nearest(
     groups = groups.unflatten(1, (-1, group_size))  # zeros change no range: 0 is inside anyway
     grid = minmax_grid(groups, form.extent, mse=rule == "mse")
     scale, minimum = (t.half().float() for t in grid)
+    finite = (scale.isfinite() & minimum.isfinite()).flatten(1).all(1)
+    if not finite.all():
+        raise RuntimeError(
+            "round_to_nearest: expected finite w within the range of float16, got an infinite or "
+            f"NaN scale or minimum in output {int(finite.logical_not().nonzero()[0])}"
+        )
     codes = nearest_codes(groups, scale, minimum, form.extent)
     if missing:
         codes[:, -1, group_size - missing :] = 0

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fastweights.quantization.walk import Block, hooked
+from fastweights.quantization.walk import Block, hooked, tensors_of
 
 __all__ = ["Fold", "find_folds", "fold_scale", "restored"]
 
@@ -71,7 +70,7 @@ def find_folds(block: Block) -> list[Fold]:
     channel that ran before, and it is one if moving a scale of random powers of two leaves every
     bit of the block's output. That finds norms, the rows of a value projection behind as many heads
     as queries have, an up projection behind its gate or a ReLU; it refuses norms whose output
-    something else reads.
+    something else reads. Parameters that other blocks share are left alone.
     """
     groups = block.shared_inputs()
     ran = _order(block)
@@ -84,9 +83,11 @@ def find_folds(block: Block) -> list[Fold]:
         earlier = ran[: ran.index(names[0])] if names[0] in ran else []
         for name in reversed(earlier):
             before = block.module.get_submodule(name)
-            if name in names or not _scalable(before, width):
+            changed = [before, *readers]
+            tied = any(p in block.tied for m in changed for p in m.parameters())
+            if name in names or tied or not _scalable(before, width):
                 continue
-            with restored([before, *readers]):
+            with restored(changed):
                 fold_scale(before, readers, scale)
                 same = all(torch.equal(a, b) for a, b in zip(_leaves(block), exact, strict=True))
             if same:
@@ -119,8 +120,7 @@ def _powers_of_two(width: int) -> Tensor:
 
 
 def _leaves(block: Block) -> list[Tensor]:
-    output = block.calls[0].run(block.module)
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    return tensors_of(block.calls[0].run(block.module))
 
 
 def _order(block: Block) -> list[str]:

@@ -15,7 +15,7 @@ from fastweights.quantization.calibrate import Solver
 from fastweights.quantization.round_to_nearest import check_rule, round_to_nearest
 from fastweights.quantization.samples import Sample
 from fastweights.quantization.scaling import Fold, find_folds, fold_scale
-from fastweights.quantization.walk import Block, Walk, first_tensor, set_module
+from fastweights.quantization.walk import Block, Walk, set_module, tensors_of
 
 __all__ = ["SmoothQuantPlus", "smoothing_scale"]
 
@@ -34,8 +34,8 @@ class SmoothQuantPlus(Solver):
         alphas: the grid. One value is taken without a search.
         samples: of the calibration that the losses are taken on.
         loss: ``loss(model, sample)``, a scalar; ``sample.run(model, all_logits=True)`` is the
-            model's output. None: for tokens and logits the cross-entropy of the next token, else
-            the squared difference to the output of the float model.
+            model's output. None: where every token has logits over all tokens the cross-entropy of
+            the next one, else the squared difference to the output of the float model.
         rule: of the grid of levels, see `round_to_nearest`.
 
     Raises:
@@ -148,20 +148,27 @@ def _fold(block: Block, key: str) -> Fold | None:
 
 def _default_loss(model: nn.Module, samples: Sequence[Sample]) -> Loss:
     """Next-token cross-entropy of a language model, or the change of another one's output."""
-    tokens = {id(sample): _tokens(sample) for sample in samples}
-    logits = getattr(samples[0].run(model), "logits", None)
-    if isinstance(logits, Tensor) and all(t is not None for t in tokens.values()):
+    outputs = (sample.run(model, all_logits=True) for sample in samples)
+    if all(_are_predicted(_tokens(s), output) for s, output in zip(samples, outputs, strict=True)):
 
         def cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
-            target: Any = tokens[id(sample)]
+            target: Any = _tokens(sample)
             logits = sample.run(model, all_logits=True).logits[:, :-1]
             return F.cross_entropy(logits.flatten(0, 1).float(), target[:, 1:].flatten())
 
         return cross_entropy
-    exact = {id(sample): first_tensor(sample.run(model)) for sample in samples}
+    exact = {id(sample): tensors_of(sample.run(model))[0] for sample in samples}
     return lambda model, sample: F.mse_loss(
-        first_tensor(sample.run(model)).float(), exact[id(sample)].float()
+        tensors_of(sample.run(model))[0].float(), exact[id(sample)].float()
     )
+
+
+def _are_predicted(tokens: Tensor | None, output: Any) -> bool:
+    """Whether the output has logits of every token, as no classifier has."""
+    logits = getattr(output, "logits", None)
+    if tokens is None or not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
+        return False
+    return tokens.numel() > 0 and logits.shape[-1] > int(tokens.max())
 
 
 def _tokens(sample: Sample) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fastweights.ops.quantization.layers import QuantizedLinear
 from fastweights.ops.quantization.tensor import QuantizedTensor
 from fastweights.quantization.samples import Sample
 
-__all__ = ["Block", "Call", "Walk", "first_tensor", "hooked", "set_module"]
+__all__ = ["Block", "Call", "Walk", "hooked", "set_module", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Call:
 
     def run(self, module: nn.Module) -> Any:
         """The block's output."""
-        return module(*self.args, **self.options)
+        return module(*_first_copied(self.args), **self.options)
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Block:
         linears: what to quantize, by the name within the block; "" is the block itself.
         calls: one or more for every sample; none for solvers that look at no inputs.
         target: format, group size and activation, as `fastweights.quantize` takes them.
+        tied: parameters that something outside of the block has, too; they must not be changed.
         exact: for solvers that compare: the block as it was, and its calls in the float model.
     """
 
@@ -49,6 +51,7 @@ class Block:
     linears: dict[str, nn.Linear]
     calls: list[Call]
     target: dict[str, Any]
+    tied: frozenset[nn.Parameter] = frozenset()
     exact: tuple[nn.Module, list[Call]] | None = None
     _times: dict[str, int] = field(default_factory=dict)
 
@@ -88,7 +91,7 @@ class Block:
     def outputs(self, calls: Sequence[Call] | None = None) -> list[Tensor]:
         """The first tensor that the block returns, call by call."""
         chosen = self.calls if calls is None else calls
-        return [first_tensor(call.run(self.module)) for call in chosen]
+        return [tensors_of(call.run(self.module))[0] for call in chosen]
 
     def replace(self, name: str, weight: QuantizedTensor, order: Tensor | None = None) -> None:
         """Puts a quantized layer in the place of a linear one."""
@@ -109,7 +112,7 @@ class Block:
         seen: list[Tensor] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            seen.append(args[0].flatten(0, -2).float())
+            seen.append(args[0].flatten(0, -2).to(torch.float32, copy=True))
             if len(seen) == self._times.get(name):
                 raise _Reached
 
@@ -152,6 +155,7 @@ class Walk:
         for name in linears:
             block = _block_of(model, name)
             self._linears.setdefault(block, []).append(name[len(block) + 1 :])
+        self._tied = _tied(model, [model.get_submodule(name) for name in self._linears])
         self._survey = _Survey(model, list(self._linears), samples, keep=compares)
 
     @property
@@ -171,7 +175,7 @@ class Walk:
                 assert isinstance(linear, nn.Linear)
                 linears[inner] = linear
             calls = survey.calls(name) if rows is None else survey.chain(name, rows, previous)
-            block = Block(name, module, linears, calls, self.target)
+            block = Block(name, module, linears, calls, self.target, self._tied)
             previous = name, calls
             if self.compares:
                 noted = survey.noted(name)
@@ -186,7 +190,7 @@ class Walk:
                 rows = block.outputs()
                 if block.exact is not None:
                     exact, calls = block.exact
-                    exact_rows = [first_tensor(call.run(exact)) for call in calls]
+                    exact_rows = [tensors_of(call.run(exact))[0] for call in calls]
 
 
 class _Survey:
@@ -213,7 +217,7 @@ class _Survey:
             follows = place > 0 and _follows(self.order[place - 1], latest, args, options)
             if not (starts or follows):
                 self._unchained.add(name)
-            self._calls[name].append(Call(args, options))
+            self._calls[name].append(Call(_first_copied(args), options))
 
         def after(module: nn.Module, args: Any, options: Any, output: Any) -> None:
             nonlocal latest
@@ -233,6 +237,9 @@ class _Survey:
                 )
             if len(self._calls[name]) != len(samples):
                 self._unchained.add(name)
+            dropped = any(call.args and call.args[0] is None for call in self._calls[name])
+            if keep and dropped and not self.chained(name):  # only a later sample showed it
+                self._calls[name] = self._captured(name)
 
     def _drop_first_arguments(self, keep: bool) -> None:
         """Of the calls that can be told from the block before, so that memory stays bounded."""
@@ -279,7 +286,7 @@ class _Survey:
         for sample, counts in zip(self.samples, self._counts, strict=True):
 
             def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-                here.append(Call(args, options))
+                here.append(Call(_first_copied(args), options))
                 if len(here) == counts.get(name, 0):  # noqa: B023 - called within this turn
                     raise _Reached
 
@@ -294,10 +301,19 @@ class _Reached(Exception):
     """Ends a forward pass of which nothing more is needed."""
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor of whatever a module returns."""
-    tensor: Tensor = next(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-    return tensor
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of whatever a module returns.
+
+    Raises:
+        ValueError: there are none, or in a class that torch cannot look into.
+    """
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    if not tensors:
+        raise ValueError(
+            "quantize_: expected tensors in what a block returns, "
+            f"got {type(output).__name__} (tuples, lists and mappings are looked into)"
+        )
+    return tensors
 
 
 @contextmanager
@@ -321,6 +337,11 @@ def set_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, new)
 
 
+def _first_copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Blocks may write to their first argument, ``x += ...``."""
+    return tuple(x.clone() if not i and isinstance(x, Tensor) else x for i, x in enumerate(args))
+
+
 def _follows(
     previous: str, latest: tuple[str, list[Tensor]], args: tuple[Any, ...], options: dict[str, Any]
 ) -> bool:
@@ -342,10 +363,31 @@ def _renewed(arguments: Any, old: Call, new: Call) -> Any:
     return pytree.tree_map(lambda leaf: fresh.get(id(leaf), leaf), arguments)
 
 
+def _tied(model: nn.Module, blocks: list[nn.Module]) -> frozenset[nn.Parameter]:
+    """Parameters that several blocks have, or a block and what lies outside of all."""
+    outside: set[nn.Parameter] = set()
+    seen, left = set(blocks), [model]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            outside.update(module.parameters(recurse=False))
+            left += module.children()
+    owners = Counter(outside)
+    for block in blocks:
+        owners.update(block.parameters())
+    return frozenset(p for p, count in owners.items() if count > 1)
+
+
 def _block_of(model: nn.Module, name: str) -> str:
-    """The outermost entry of an `nn.ModuleList` that holds a layer, or the layer itself."""
-    parts = name.split(".")
+    """The outermost entry of an `nn.ModuleList` that holds a layer, or the layer itself.
+
+    Entries that are containers themselves are never called; theirs are.
+    """
+    parts, listed = name.split("."), False
     for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return ".".join(parts[: end + 1])
+        module = model.get_submodule(".".join(parts[:end]))
+        listed = listed or isinstance(module, nn.ModuleList)
+        if listed and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return ".".join(parts[:end])
     return name
