@@ -102,6 +102,13 @@ struct MatmulArgs {
 FW_DECLARE_KERNEL(matmul_int8, MatmulArgs)
 FW_DECLARE_KERNEL(matmul_float, MatmulArgs)
 
+// The same for bfloat16 through the tile registers of AMX, at the level avx512_bf16 where the machine has them.
+// pack_tiles: task = 16 rows of x, to tiles [ceil(K / 32)][16 rows][32] of bfloat16 at out.values, without a prologue.
+// matmul_tiles: task t = (row block t / pairs, pair of strips t % pairs).
+constexpr int64_t kTileRows = 256;
+FW_DECLARE_KERNEL(pack_tiles, ActivationArgs)
+FW_DECLARE_KERNEL(matmul_tiles, MatmulArgs)
+
 constexpr int64_t kBackwardRows = 256;    // rows of dy per task
 constexpr int64_t kBackwardInputs = 128;  // columns of dx per task
 constexpr int64_t kBackwardOutputs = 64;  // outputs whose gradients a task transposes
@@ -121,8 +128,7 @@ struct BackwardArgs {
 FW_DECLARE_KERNEL(transpose_dy, BackwardArgs)
 FW_DECLARE_KERNEL(backward, BackwardArgs)
 
-// The same for bfloat16 through the tile registers of AMX, at the level avx512_bf16 where the machine has them. Blocks
-// of `transposed` are tiles [outputs / 32][rows / 16], see backward_tiles.cpp.
+// The same for bfloat16 through the tile registers; blocks of `transposed` are tiles [outputs / 32][rows / 16].
 FW_DECLARE_KERNEL(transpose_dy_tiles, BackwardArgs)
 FW_DECLARE_KERNEL(backward_tiles, BackwardArgs)
 

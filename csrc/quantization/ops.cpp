@@ -17,6 +17,21 @@ bool activation_quantized(const char* op, const std::string& activation) {
   return activation == "int8";
 }
 
+// x as bfloat16 in tiles, and the product: see matmul_tiles.cpp.
+void multiply_tiles(MatmulArgs args, const Tensor& x, const MatrixRows& rows) {
+  const Weight& w = args.weight;
+  const int64_t row_tiles = (args.M + 15) / 16, input_tiles = (w.groups * w.group + 31) / 32;
+  const Tensor packed = torch::stable::new_empty(x, {row_tiles * 16, input_tiles * 32});
+  args.x.values = packed.mutable_data_ptr();
+  const ActivationArgs source{args.element,           rows.data, rows.stride, args.M, w.K, w.group, w.groups,
+                              {nullptr, 0.0f, false}, args.x};
+  parallel_tasks(row_tiles, 64.0 * double(w.K),
+                 [&](int64_t begin, int64_t end) { FW_KERNEL(pack_tiles)(source, begin, end); });
+  const int64_t blocks = (args.M + kTileRows - 1) / kTileRows, pairs = (w.strips + 1) / 2;
+  parallel_tasks(blocks * pairs, 4.0 * double(std::min(args.M, kTileRows) * kStrip * w.K),
+                 [&](int64_t begin, int64_t end) { FW_KERNEL(matmul_tiles)(args, begin, end); });
+}
+
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         const std::string& format, int64_t out_features, int64_t in_features, int64_t group_size,
                         const std::string& activation) {
@@ -48,6 +63,10 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::option
     args.bias_element = element_of(bias_owner.scalar_type());
   }
   if (M == 0 || w.N == 0) return y;
+  if (element == Element::bf16 && !quantized && has_bf16_tiles()) {
+    multiply_tiles(args, x, rows);
+    return y;
+  }
 
   const bool wide = element == Element::f64 && !quantized;
   const PackedActivations activations(quantized, wide, M, w);

@@ -22,17 +22,28 @@ SMALL = [("int2", "float"), ("int4", "int8"), ("int6", "int8"), ("int8", "int8")
 
 
 @pytest.mark.parametrize(
-    ("format", "activation", "group_size"),
-    [(*mode, None) for mode in MODES] + [(*mode, 16) for mode in SMALL],
+    ("format", "activation", "group_size", "dtype"),
+    [(*mode, None, torch.float32) for mode in MODES]
+    + [(*mode, 16, torch.float32) for mode in SMALL]
+    + [(name, "float", None, torch.bfloat16) for name in KINDS]
+    + [("int8", "float", 16, torch.bfloat16)],
 )
-def test_a_row_is_the_same_bits_in_any_batch(format, activation, group_size):
+def test_a_row_is_the_same_bits_in_any_batch(format, activation, group_size, dtype):
     qt = weight(88, 200, format, group_size, activation)
-    x = torch.randn(130, 200)
+    x = torch.randn(130, 200, dtype=dtype)
     for level in available_cpu_levels():
         with cpu_level(level):
             rows = torch.cat([fw.quantized_linear(x[m : m + 1], qt) for m in range(130)])
             for batch in range(1, 131):
                 assert_equal(fw.quantized_linear(x[:batch], qt), rows[:batch], what=f"M={batch}")
+
+
+def test_bits_do_not_depend_on_the_block_of_rows():
+    qt = weight(150, 96, "nf4")
+    x = torch.randn(600, 96, dtype=torch.bfloat16)
+    y = fw.quantized_linear(x, qt)
+    for begin, end in ((0, 257), (255, 600), (512, 513), (300, 317)):
+        assert_equal(fw.quantized_linear(x[begin:end], qt), y[begin:end])
 
 
 @pytest.mark.parametrize(("format", "activation"), MODES)

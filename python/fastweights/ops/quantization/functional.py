@@ -132,8 +132,8 @@ def quantized_linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None)
     their levels to multiples of 1/127 and 1/96 for it (0.03 dB), the other formats are exact.
     Either way a row's result is the same bits for any number of rows, and for any number of
     threads. The gradient to x is ``dy W`` (straight-through for "int8"); it decodes panels of the
-    packed weight, which is all that is saved. A bfloat16 gradient may meet the weight rounded to
-    bfloat16, on machines with AMX.
+    packed weight, which is all that is saved. On machines with AMX, bfloat16 x under "float" and
+    bfloat16 gradients meet the weight rounded to bfloat16.
 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64 (computed in float32; in float64 for
