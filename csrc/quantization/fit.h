@@ -4,8 +4,9 @@
 // Where scale (and minimum) are numbers of the format's choice, they are searched: from several ranges, alternate
 // between nearest levels and the least-squares scale (and minimum) for those levels; keep what gives the smallest
 // squared error after rounding to float16. The plain range comes first, so a weight that lies on a grid of this kind is
-// reproduced. nf4, fp4, mxfp4, fp8_e4m3 and zero points have a rule instead, so that others' checkpoints come out
-// alike.
+// reproduced. With 2 and 3 bits 0 is kept among the levels, and the error weighed by rms + |w|: where the steps are
+// wide, what is small must stay small. nf4, fp4, mxfp4, fp8_e4m3 and zero points have a rule instead, so that others'
+// checkpoints come out alike.
 #pragma once
 
 #include "quantization/rounding.h"
@@ -26,6 +27,9 @@ constexpr Search kSearch = kTraits<F>.bits == 8   ? Search{1, 0, 0.0f}
 template <Format F>
 constexpr bool kHasMinimum =
     kTraits<F>.parameter == Parameter::scale_minimum || kTraits<F>.parameter == Parameter::q4_k;
+
+template <Format F>
+constexpr bool kKeepsZero = kTraits<F>.parameter == Parameter::scale_minimum && kTraits<F>.bits <= 3;
 
 // The weights of a group: w[i * 16], of n inputs.
 struct Group {
@@ -66,7 +70,18 @@ struct Grid {
 
 struct Fit {
   Floats scale, minimum, error;
+  Floats zero;  // the level that stands for 0, where one is kept
 };
+
+FW_INLINE Floats root_mean_square(Group group) {
+  Floats sum = zero<float>();
+  for (int64_t i = 0; i < group.n; ++i) {
+    const Floats x = load(group.w + i * kStrip);
+    sum = fma(x, x, sum);
+  }
+  for (int64_t j = 0; j < kStrip; ++j) sum[j] = __builtin_sqrtf(sum[j] / float(group.n));
+  return sum;
+}
 
 // What can be stored of it. A bundle's scales and minima are rounded together, later.
 template <Format F>
@@ -75,36 +90,46 @@ FW_INLINE Fit storable(Fit fit) {
     fit.minimum = min(fit.minimum, zero<float>());
   } else if constexpr (kTraits<F>.parameter != Parameter::q6_k) {
     fit.scale = round_float16(fit.scale);
+    if constexpr (kKeepsZero<F>) fit.minimum = zero<float>() - fit.scale * fit.zero;  // 0, not -0
     fit.minimum = round_float16(fit.minimum);
   }
   return fit;
 }
 
-// The error of a fit, and the least-squares pair for the levels that it gives.
+// The error of a fit, and the least-squares scale (and minimum) for the levels that it gives.
 template <Format F>
-FW_INLINE Fit evaluate(Group group, Fit fit, Fit* refined) {
+FW_INLINE Fit evaluate(Group group, [[maybe_unused]] Floats rms, Fit fit, Fit* refined) {
   fit = storable<F>(fit);
   const Floats inverse = inverse_of(fit.scale);
   Floats error = zero<float>(), c1 = error, c2 = error, w1 = error, wc = error;
   for (int64_t i = 0; i < group.n; ++i) {
-    const Floats x = load(group.w + i * kStrip), c = nearest_level<F>((x - fit.minimum) * inverse);
+    const Floats x = load(group.w + i * kStrip);
+    Floats c = nearest_level<F>((x - fit.minimum) * inverse);
     const Floats d = x - fma(fit.scale, c, fit.minimum);
-    error = fma(d, d, error);
-    c1 += c;
-    c2 = fma(c, c, c2);
-    w1 += x;
-    wc = fma(x, c, wc);
+    if constexpr (kKeepsZero<F>) {
+      const Floats weight = rms + (x < 0.0f ? -x : x);
+      c -= fit.zero;
+      error = fma(weight * d, d, error);
+      c2 = fma(weight * c, c, c2);
+      wc = fma(weight * x, c, wc);
+    } else {
+      error = fma(d, d, error);
+      c1 += c;
+      c2 = fma(c, c, c2);
+      w1 += x;
+      wc = fma(x, c, wc);
+    }
   }
   fit.error = error;
+  *refined = fit;
   refined->scale = c2 > 0.0f ? wc / c2 : zero<float>();
-  refined->minimum = zero<float>();
-  if constexpr (kHasMinimum<F>) {
+  if constexpr (kHasMinimum<F> && !kKeepsZero<F>) {
     const Floats count = set1(float(group.n)), determinant = count * c2 - c1 * c1;
     const Floats scale = determinant > 0.0f ? (count * wc - c1 * w1) / determinant : zero<float>();
     const Floats minimum = (w1 - scale * c1) / count;
     const VecInt<float> free = kTraits<F>.parameter == Parameter::q4_k ? minimum <= 0.0f : minimum == minimum;
     refined->scale = free ? scale : refined->scale;
-    refined->minimum = free ? minimum : refined->minimum;
+    refined->minimum = free ? minimum : zero<float>();
   }
   return fit;
 }
@@ -114,26 +139,31 @@ template <Format F>
 FW_INLINE Fit first_guess(const Extremes& e, int i) {
   constexpr Range r = range_of<F>();
   if constexpr (kHasMinimum<F>) {  // shrunk around its middle
-    const Floats low = kTraits<F>.parameter == Parameter::q4_k ? min(e.low, zero<float>()) : e.low;
-    const Floats scale = (e.high - low) / ((r.highest - r.lowest) * (1.0f + float(i) * kSearch<F>.step));
-    const Floats middle = 0.5f * (low + e.high), center = set1(0.5f * (r.lowest + r.highest));
-    return {scale, i ? middle - scale * center : low - scale * r.lowest, zero<float>()};
+    constexpr bool spans_zero = kKeepsZero<F> || kTraits<F>.parameter == Parameter::q4_k;
+    const Floats low = spans_zero ? min(e.low, zero<float>()) : e.low;
+    const Floats high = kKeepsZero<F> ? max(e.high, zero<float>()) : e.high;
+    const Floats scale = (high - low) / ((r.highest - r.lowest) * (1.0f + float(i) * kSearch<F>.step));
+    const Floats middle = 0.5f * (low + high), center = set1(0.5f * (r.lowest + r.highest));
+    const Floats minimum = i ? middle - scale * center : low - scale * r.lowest;
+    const Floats at = round_nearest(-minimum * inverse_of(scale));
+    return {scale, minimum, zero<float>(), min(max(at, set1(r.lowest)), set1(r.highest))};
   } else {  // in turn wider and narrower
     const Floats largest = -e.low >= e.high ? e.low : e.high;
     const float width = 1.0f + float(i % 2 ? (i + 1) / 2 : -i / 2) * kSearch<F>.step;
-    return {largest * (width / r.extreme), zero<float>(), zero<float>()};
+    return {largest * (width / r.extreme), zero<float>(), zero<float>(), zero<float>()};
   }
 }
 
 template <Format F>
 FW_INLINE Grid search(Group group) {
   const Extremes e = extremes_of(group);
+  const Floats rms = kKeepsZero<F> ? root_mean_square(group) : zero<float>();
   Fit best{};
   for (int range = 0; range < kSearch<F>.ranges; ++range) {
     Fit next = first_guess<F>(e, range);
     for (int i = 0; i <= kSearch<F>.refinements; ++i) {
       Fit refined;
-      const Fit tried = evaluate<F>(group, next, &refined);
+      const Fit tried = evaluate<F>(group, rms, next, &refined);
       const VecInt<float> better = (range | i) ? tried.error < best.error : tried.scale == tried.scale;
       best.scale = better ? tried.scale : best.scale;
       best.minimum = better ? tried.minimum : best.minimum;

@@ -149,13 +149,15 @@ def _multiples(v: Tensor, form: Format, top: int, least: int, most: int) -> tupl
 def _search(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     """Scale and minimum ``[N, G, 1]`` of least squared error found by the search."""
     ranges, refinements = (1, 0) if form.bits == 8 else (7, 2)
+    importance = inside * _importance(w, inside) if _keeps_zero(form) else inside
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for i in range(ranges):
         scale, minimum = _first_guess(w, inside, form, i)
+        zero = (-minimum * _inverse(scale)).round().clamp(*form.extent) if _keeps_zero(form) else None
         for _ in range(refinements + 1):
-            s, m = _storable(scale, minimum, form)
+            s, m = _storable(scale, minimum, zero, form)
             levels = _levels((w - m) * _inverse(s), form)
-            error = ((w - (s * levels + m)) * inside).square().sum(-1, keepdim=True)
+            error = ((w - (s * levels + m)).square() * importance).sum(-1, keepdim=True)
             if best is None:
                 best = error, s, m
             else:
@@ -164,18 +166,35 @@ def _search(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
                 best = tuple(  # type: ignore[assignment]
                     torch.where(better, a, b) for a, b in zip(tried, best, strict=True)
                 )
-            scale, minimum = _least_squares(w, levels, inside, form)
+            if zero is None:
+                scale, minimum = _least_squares(w, levels, inside, form)
+            else:
+                scale = _projection(w, levels - zero, importance)
     assert best is not None
     return best[1], best[2]
 
 
-def _storable(scale: Tensor, minimum: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+def _keeps_zero(form: Format) -> bool:
+    """With 2 and 3 bits the steps are wide: 0 is a level, so that what is small stays small."""
+    return form.has_minimum and form.parameters != "q4_k" and form.bits <= 3
+
+
+def _importance(w: Tensor, inside: Tensor) -> Tensor:
+    """``rms + |w|``, the weight of a weight's error where 0 is kept a level."""
+    mean_square = (w.square() * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+    return mean_square.sqrt() + w.abs()
+
+
+def _storable(
+    scale: Tensor, minimum: Tensor, zero: Tensor | None, form: Format
+) -> tuple[Tensor, Tensor]:
     """As far as a group decides alone: bundles are rounded together, later."""
     if form.parameters == "q4_k":
         return scale, minimum.clamp(max=0)
     if form.parameters == "q6_k":
         return scale, minimum
-    return scale.half().float(), minimum.half().float()
+    scale = scale.half().float()
+    return scale, (minimum if zero is None else 0 - scale * zero).half().float()
 
 
 def _first_guess(w: Tensor, inside: Tensor, form: Format, i: int) -> tuple[Tensor, Tensor]:
@@ -185,7 +204,8 @@ def _first_guess(w: Tensor, inside: Tensor, form: Format, i: int) -> tuple[Tenso
     lowest, highest = form.extent
     step = 1 / 9 if form.bits == 2 else 1 / 18 if form.bits <= 4 else 1 / 36
     if form.has_minimum:
-        low = low.clamp(max=0) if form.parameters == "q4_k" else low
+        low = low.clamp(max=0) if form.parameters == "q4_k" or _keeps_zero(form) else low
+        high = high.clamp(min=0) if _keeps_zero(form) else high
         scale = (high - low) / ((highest - lowest) * (1 + i * step))
         minimum = (low + high - scale * (lowest + highest)) / 2 if i else low - scale * lowest
         return scale, minimum
@@ -194,18 +214,24 @@ def _first_guess(w: Tensor, inside: Tensor, form: Format, i: int) -> tuple[Tenso
     return torch.where(-low >= high, low, high) * (width / extreme), torch.zeros_like(low)
 
 
+def _projection(w: Tensor, levels: Tensor, importance: Tensor) -> Tensor:
+    """The scale that minimises the sum of ``importance (w - scale level)^2``."""
+    cc = (importance * levels * levels).sum(-1, keepdim=True)
+    return torch.where(cc > 0, (importance * w * levels).sum(-1, keepdim=True) / cc, 0.0)
+
+
 def _least_squares(
     w: Tensor, levels: Tensor, inside: Tensor, form: Format
 ) -> tuple[Tensor, Tensor]:
     """The (scale, minimum) that minimise the sum of ``(w - scale level - minimum)^2``."""
+    alone = _projection(w, levels, inside)
+    if not form.has_minimum:
+        return alone, torch.zeros_like(alone)
 
     def total(t: Tensor) -> Tensor:
         return (t * inside).sum(-1, keepdim=True)
 
     n, c, cc = total(torch.ones_like(w)), total(levels), total(levels * levels)
-    alone = torch.where(cc > 0, total(w * levels) / cc, 0.0)
-    if not form.has_minimum:
-        return alone, torch.zeros_like(cc)
     determinant = n * cc - c * c
     scale = torch.where(determinant > 0, (n * total(w * levels) - c * total(w)) / determinant, 0.0)
     minimum = (total(w) - scale * c) / n
