@@ -153,7 +153,9 @@ def _search(w: Tensor, inside: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for i in range(ranges):
         scale, minimum = _first_guess(w, inside, form, i)
-        zero = (-minimum * _inverse(scale)).round().clamp(*form.extent) if _keeps_zero(form) else None
+        zero = None
+        if _keeps_zero(form):
+            zero = (-minimum * _inverse(scale)).round().clamp(*form.extent)
         for _ in range(refinements + 1):
             s, m = _storable(scale, minimum, zero, form)
             levels = _levels((w - m) * _inverse(s), form)
