@@ -85,6 +85,7 @@ def lora_linear(
     layout = _layout_of(weight)
     packed = weight.packed if isinstance(weight, QuantizedTensor) else weight
     _common.refuse_forward_ad("lora_linear", x, bias, *lora_a, *lora_b)
+    y: Tensor
     if _is_plain() and x.is_cpu and packed.is_cpu:
         y = _base(x, packed, *layout, bias)
         _ops.lora_update_(y, x, *updates)
@@ -94,8 +95,15 @@ def lora_linear(
             x, weight, bias, lora_a, lora_b, scale,
             segments=segments, indices=indices, dropout=dropout, seed=seed,
         )  # fmt: skip
-    result: Tensor = _ops.lora_linear(x, packed.detach(), *layout, bias, *updates)[0]
-    return result
+    if _is_traced() or not (x.is_cpu and packed.is_cpu):
+        result: Tensor = _ops.lora_linear(x, packed.detach(), *layout, bias, *updates)[0]
+        return result
+    if torch.is_autocast_enabled("cpu"):
+        x, packed, bias = (_in_autocast_dtype(t) for t in (x, packed, bias))
+    y = _Eager.apply(
+        layout, dropout, x, packed.detach(), bias, scale, segments, indices, seed, *lora_a, *lora_b
+    )
+    return y
 
 
 def _is_plain() -> bool:
@@ -106,6 +114,22 @@ def _is_plain() -> bool:
         or torch.compiler.is_compiling()
         or _common.reference_forced()
     )
+
+
+def _is_traced() -> bool:
+    """Whether something wants to see the op as one: a compiler, a transform, a fake tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _in_autocast_dtype(t: Any) -> Any:
+    """A float x, weight or bias; adapters keep their dtypes."""
+    if t is None or t.dtype != torch.float32:
+        return t
+    return t.to(torch.get_autocast_dtype("cpu"))
 
 
 def _layout_of(weight: Tensor | QuantizedTensor) -> tuple[str, int, int, int, str]:
@@ -261,22 +285,57 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, output[1], weight, scale, segments, indices, seed, *lora_a, *lora_b)
 
 
-def _backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]:
-    base, nothing = (None,) * 6, (None,) * 5
-    if dy is None:
-        return None, *base, None, [None] * ctx.adapters, [None] * ctx.adapters, *nothing
+_Gradients = tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor]]
+
+
+def _gradients(ctx: Any, dy: Tensor, needs_x: bool, needs_bias: bool) -> _Gradients:
+    """Of x, bias, lora_a and lora_b."""
     x, u, weight, scale, segments, indices, seed, *adapters = ctx.saved_tensors
     lora_a, lora_b = adapters[: ctx.adapters], adapters[ctx.adapters :]
     updates = (lora_a, lora_b, scale, segments, indices, ctx.dropout, seed)
-    needs_x = ctx.needs_input_grad[0]
-    dx, da, db = _ops.lora_linear_backward(dy, x, u, weight, *ctx.base, *updates, needs_x)
+    backward = (
+        _ops.lora_linear_backward if torch.is_grad_enabled() or _is_traced() else _backward_cpu
+    )
+    dx, da, db = backward(dy, x, u, weight, *ctx.base, *updates, needs_x)
     ranks = [a.shape[0] for a in lora_a]
     das = [g.to(a.dtype) for g, a in zip(da.split(ranks), lora_a, strict=True)]
     flat = db.split([b.numel() for b in lora_b])
     dbs = [g.view(b.shape).to(b.dtype) for g, b in zip(flat, lora_b, strict=True)]
-    needs_bias = ctx.needs_input_grad[7]
     dbias = dy.sum_to_size(dy.shape[-1:]).to(ctx.bias) if needs_bias else None
-    return (dx if needs_x else None), *base, dbias, das, dbs, *nothing
+    return dx if needs_x else None, dbias, das, dbs
+
+
+def _backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]:
+    base, nothing = (None,) * 6, (None,) * 5
+    if dy is None:
+        return None, *base, None, [None] * ctx.adapters, [None] * ctx.adapters, *nothing
+    dx, dbias, das, dbs = _gradients(ctx, dy, ctx.needs_input_grad[0], ctx.needs_input_grad[7])
+    return dx, *base, dbias, das, dbs, *nothing
+
+
+class _Eager(torch.autograd.Function):
+    """The op without its two ways through the dispatcher, which take longer than few rows do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layout: Any, dropout: float, x: Tensor, weight: Tensor, bias: Tensor | None,
+        scale: Tensor, segments: Tensor | None, indices: Tensor | None, seed: Tensor | None,
+        *adapters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        lora_a, lora_b = adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
+        updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed)
+        inputs = (x, weight, *layout, bias, *updates)
+        output = _forward_cpu(*inputs)
+        _setup_context(ctx, inputs, output)
+        y: Tensor = output[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        if dy is None:
+            return (None,) * (9 + 2 * ctx.adapters)
+        dx, dbias, das, dbs = _gradients(ctx, dy, ctx.needs_input_grad[2], ctx.needs_input_grad[4])
+        return None, None, dx, None, dbias, None, None, None, None, *das, *dbs
 
 
 torch.library.register_autograd("fastweights::lora_linear", _backward, setup_context=_setup_context)
@@ -284,18 +343,13 @@ _common.refuse_double_backward("lora_linear")
 
 
 def _autocast(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """X and a float weight go to autocast's dtype; adapters keep theirs."""
     *layout, bias = rest[:6]
-    dtype = torch.get_autocast_dtype("cpu")
-
-    def to(t: Tensor | None) -> Tensor | None:
-        return t.to(dtype) if t is not None and t.dtype == torch.float32 else t
-
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     with torch._C._ExcludeDispatchKeyGuard(keys):
         result: tuple[Tensor, Tensor] = _ops.lora_linear(
-            to(x), to(weight), *layout, to(bias), *rest[6:]
-        )
+            _in_autocast_dtype(x), _in_autocast_dtype(weight), *layout, _in_autocast_dtype(bias),
+            *rest[6:],
+        )  # fmt: skip
         return result
 
 
