@@ -6,7 +6,7 @@
 namespace fastweights::lora::FW_LEVEL {
 
 template <typename S>
-static void gradient_of(const GradientArgs& a, const Block& g, int64_t column) {
+static void gradient_of(const GradientArgs& a, const Block& g, int64_t c_column, int64_t column) {
   using T = Compute<S>;
   constexpr int64_t N = kGradientColumns;
   if (g.ranks == 0) return;
@@ -30,7 +30,7 @@ static void gradient_of(const GradientArgs& a, const Block& g, int64_t column) {
         if (a.in_dropout.on) v *= keep<T>(a.in_dropout, key, column + j);
         store(row + j, v);
       });
-      __builtin_memcpy(c + i * g.ranks, row_of<const T>(a.c, m), size_t(g.ranks) * sizeof(T));
+      __builtin_memcpy(c + i * g.ranks, row_of<const T>(a.c, m) + c_column, size_t(g.ranks) * sizeof(T));
     }
     gemm<T>(g.ranks, N, rows, c, 1, g.ranks, in, N, sums, N, true);
   }
@@ -43,8 +43,10 @@ static void gradient_of(const GradientArgs& a, const Block& g, int64_t column) {
 
 void gradient(const GradientArgs& a, int64_t begin, int64_t end) noexcept {
   with_element(a.element, [&]<typename S>(S) {
-    for (int64_t task = begin; task < end; ++task)
-      gradient_of<S>(a, a.groups[task / a.strips], task % a.strips * kGradientColumns);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / a.strips;
+      gradient_of<S>(a, a.groups[g], a.c_columns[g], task % a.strips * kGradientColumns);
+    }
   });
 }
 

@@ -6,10 +6,15 @@
 
 namespace fastweights::lora {
 
+// Of the ranks of an adapter those, from `rank` on, that belong to the outputs [begin, begin + columns).
+struct Part {
+  int64_t rank, ranks, begin, columns;
+};
+
 // Rows that meet the same adapter: order[first], ..., order[first + count - 1] (order null: the numbers themselves),
-// and what they meet: `ranks` rows of down and up, from `rank`.
+// and what they meet: `ranks` rows of down and up, from `rank`. Its parts begin at `part`.
 struct Block {
-  int64_t first, count, rank, ranks;
+  int64_t first, count, rank, ranks, part;
 };
 
 constexpr int64_t kFewRows = 8, kManyRows = 32;  // of a task
@@ -27,9 +32,13 @@ struct Dropout {
   double factor;
 };
 
-// Task: a block of at most kManyRows rows. down, up and c are in the type of the arithmetic.
+// Task: a block of at most kManyRows rows. down, up and c are in the type of the arithmetic. Rows of Bᵀ are as long as
+// the part of the outputs that they belong to, which are columns of out in the forward and of in in the backward.
 struct UpdateArgs {
   Element element;
+  bool backward;
+  const Part* parts;
+  int64_t parts_of_block;
   const Block* blocks;
   const int64_t* order;
   Matrix in, out;
@@ -45,7 +54,8 @@ constexpr int64_t kGradientColumns = 64, kGradientRows = 128;
 struct GradientArgs {
   Element element;
   const Block* groups;
-  int64_t strips;  // tasks of a group
+  const int64_t* c_columns;  // where c has the ranks of a group
+  int64_t strips;            // tasks of a group
   const int64_t* order;
   Matrix in, c, out;
   const double* factors;  // one per row of out

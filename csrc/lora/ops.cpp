@@ -20,9 +20,12 @@ Matrix matrix_of(const MatrixRows& rows, int64_t columns) {
   return {const_cast<void*>(rows.data), rows.stride, columns};
 }
 
-void run_update(const Routing& routing, UpdateArgs& args) {
+void run_update(const Adapters& adapters, const Routing& routing, UpdateArgs& args) {
   const std::vector<Block> blocks = routing.blocks();
+  const std::vector<Part> parts = adapters.parts(routing);
   args.blocks = blocks.data();
+  args.parts = parts.data();
+  args.parts_of_block = routing.groups.empty() ? 0 : int64_t(parts.size() / routing.groups.size());
   args.order = routing.order_data();
   if (blocks.empty()) return;
   const double flops = 2.0 * double(blocks[0].count * blocks[0].ranks * (args.in.columns + args.out.columns));
@@ -30,26 +33,49 @@ void run_update(const Routing& routing, UpdateArgs& args) {
                  [&](int64_t begin, int64_t end) { FW_KERNEL(update)(args, begin, end); });
 }
 
-void run_gradient(const Routing& routing, GradientArgs& args) {
-  if (routing.groups.empty()) return;
-  args.groups = routing.groups.data();
+void run_gradient(const Routing& routing, const std::vector<Block>& groups, const std::vector<int64_t>& c_columns,
+                  GradientArgs args) {
+  if (groups.empty()) return;
+  args.groups = groups.data();
+  args.c_columns = c_columns.data();
   args.order = routing.order_data();
   args.strips = (args.in.columns + kGradientColumns - 1) / kGradientColumns;
-  const double rows = double(routing.M) / double(routing.groups.size());
+  const double rows = double(routing.M) / double(groups.size());
   const double flops = 2.0 * rows * double(routing.width * kGradientColumns);
-  parallel_tasks(args.strips * int64_t(routing.groups.size()), flops,
+  parallel_tasks(args.strips * int64_t(groups.size()), flops,
                  [&](int64_t begin, int64_t end) { FW_KERNEL(gradient)(args, begin, end); });
+}
+
+// dB of one projection after another: args.in is dy.
+void run_gradients_of_b(const Adapters& adapters, const Routing& routing, const GradientArgs& args) {
+  const std::vector<Part> parts = adapters.parts(routing);
+  const size_t projections = size_t(adapters.projections());
+  const int64_t size = args.element == Element::f64 ? 8 : args.element == Element::f32 ? 4 : 2;
+  for (size_t p = 0; p < projections; ++p) {
+    std::vector<Block> groups;
+    std::vector<int64_t> c_columns;
+    GradientArgs of_part = args;
+    for (size_t i = p, each = parts.size() / std::max<size_t>(routing.groups.size(), 1); i < parts.size();
+         i += projections) {
+      const Block& g = routing.groups[i / each];
+      groups.push_back({g.first, g.count, g.rank + parts[i].rank, parts[i].ranks, 0});
+      c_columns.push_back(parts[i].rank);
+      of_part.in.data = static_cast<char*>(args.in.data) + parts[i].begin * size;
+      of_part.in.columns = parts[i].columns;
+    }
+    run_gradient(routing, groups, c_columns, of_part);
+  }
 }
 
 Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                     const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
-                    const OptionalTensor& seed) {
+                    const OptionalTensor& seed, const std::vector<int64_t>& split) {
   constexpr const char* op = "lora_update_";
   const int64_t D = row_size(op, "x", x, "in_features"), O = row_size(op, "y", y, "out_features");
   check_rows_of(op, "y", y, x);
   check_contiguous(op, "y", y);
-  Adapters adapters(op, x, D, O, lora_a, lora_b, scale);
-  const Routing routing(op, x, adapters.first, segments, indices);
+  Adapters adapters(op, x, D, O, lora_a, lora_b, scale, split);
+  const Routing routing(op, x, adapters.first, adapters.projections(), segments, indices);
   const Dropout mask = dropout_of(op, dropout, seed);
   adapters.lay_out(routing);
   const MatrixRows input = matrix_rows_of(x);
@@ -63,19 +89,19 @@ Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tens
   args.up = adapters.b_rows.data();
   args.c = {c.data_ptr(), routing.width, routing.width};
   args.in_dropout = mask;
-  run_update(routing, args);
+  run_update(adapters, routing, args);
   return c;
 }
 
 std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, const Tensor& x, const Tensor& u,
                                           const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                                           const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
-                                          const OptionalTensor& seed) {
+                                          const OptionalTensor& seed, const std::vector<int64_t>& split) {
   constexpr const char* op = "lora_gradients";
   const int64_t D = row_size(op, "x", x, "in_features"), O = row_size(op, "dy", dy, "out_features");
   check_rows_of(op, "dy", dy, x);
-  Adapters adapters(op, x, D, O, lora_a, lora_b, scale);
-  const Routing routing(op, x, adapters.first, segments, indices);
+  Adapters adapters(op, x, D, O, lora_a, lora_b, scale, split);
+  const Routing routing(op, x, adapters.first, adapters.projections(), segments, indices);
   const Dropout mask = dropout_of(op, dropout, seed);
   adapters.lay_out(routing);
   check_cpu(op, "u", u);
@@ -97,7 +123,8 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
   args.up = adapters.a_rows.data();
   args.c = {h.data_ptr(), routing.width, routing.width};
   args.out_dropout = mask;
-  run_update(routing, args);
+  args.backward = true;
+  run_update(adapters, routing, args);
 
   Tensor da = torch::stable::new_empty(x, {adapters.ranks(), D}, type);
   Tensor db_rows = torch::stable::new_empty(x, {adapters.ranks(), O + kPadding}, type);
@@ -109,16 +136,16 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
   of_a.out = {da.data_ptr(), D, D};
   of_a.factors = ones.data();
   of_a.in_dropout = mask;
-  run_gradient(routing, of_a);
+  run_gradient(routing, routing.groups, std::vector<int64_t>(routing.groups.size()), of_a);
   GradientArgs of_b = of_a;
   of_b.in = args.in;
   of_b.c.data = u.data_ptr();
   of_b.out = {db_rows.data_ptr(), O + kPadding, O};
   of_b.factors = adapters.factors.data();
   of_b.in_dropout = {};
-  run_gradient(routing, of_b);
+  run_gradients_of_b(adapters, routing, of_b);
 
-  Tensor db = torch::stable::new_empty(x, {adapters.ranks() * O}, type);
+  Tensor db = torch::stable::new_empty(x, {adapters.size_of_b()}, type);
   adapters.transpose_back(db_rows, db);
   return {da, db};
 }
@@ -129,10 +156,10 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
 STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def(
       "lora_update_(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments, "
-      "Tensor? indices, float dropout, Tensor? seed) -> Tensor u");
+      "Tensor? indices, float dropout, Tensor? seed, int[] split) -> Tensor u");
   m.def(
       "lora_gradients(Tensor(a!)? dx, Tensor dy, Tensor x, Tensor u, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
-      "Tensor? segments, Tensor? indices, float dropout, Tensor? seed) -> (Tensor da, Tensor db)");
+      "Tensor? segments, Tensor? indices, float dropout, Tensor? seed, int[] split) -> (Tensor da, Tensor db)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {

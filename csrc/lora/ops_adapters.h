@@ -75,17 +75,37 @@ inline void run_transpose(const TransposeArgs& args) {
                  [&](int64_t begin, int64_t end) { FW_KERNEL(transpose)(args, begin, end); });
 }
 
+// Where the projections begin whose outputs lie side by side, and the sum of their sizes; {0, O} for one.
+inline std::vector<int64_t> starts_of_split(const char* op, const std::vector<int64_t>& split, int64_t O) {
+  if (split.empty()) return {0, O};
+  std::vector<int64_t> starts{0};
+  for (const int64_t size : split) {
+    check(size >= 0 && size <= O - starts.back(), op, "expected split into sizes that add up to out_features = ", O,
+          ", got ", size, " at ", starts.size() - 1);
+    starts.push_back(starts.back() + size);
+  }
+  check(starts.back() == O, op, "expected split into sizes that add up to out_features = ", O, ", got ", starts.back());
+  return starts;
+}
+
+// Pairs of A and B: as many in a row as there are projections are one adapter, the p-th for the p-th projection.
 struct Adapters {
   ScalarType arithmetic;
-  std::vector<int64_t> first{0};  // rank of adapter i among those of all; ends with their sum
-  std::vector<double> factors;    // of a rank: the scale of its adapter
+  std::vector<int64_t> first{0};  // rank of pair i among those of all; ends with their sum
+  std::vector<double> factors;    // of a rank: the scale of its pair
   // Set by `lay_out`, one per rank: A as it lies where its type is that of the arithmetic; Bᵀ times the scale.
   std::vector<const void*> a_rows, b_rows;
 
   Adapters(const char* op, const Tensor& x, int64_t D, int64_t O, const Tensors& lora_a, const Tensors& lora_b,
-           const Tensor& scale)
-      : arithmetic(state_dtype(x.scalar_type())), out_features_(O), lora_a_(lora_a), lora_b_(lora_b) {
+           const Tensor& scale, const std::vector<int64_t>& split)
+      : arithmetic(state_dtype(x.scalar_type())),
+        out_features_(O),
+        starts_(starts_of_split(op, split, O)),
+        lora_a_(lora_a),
+        lora_b_(lora_b) {
     const size_t n = lora_a.size();
+    check(int64_t(n) % projections() == 0, op, "expected a lora_a for each of ", projections(),
+          " projections (from split) and adapter, got ", n);
     check(lora_b.size() == n, op, "expected as many lora_b as lora_a = ", n, ", got ", lora_b.size());
     check_cpu(op, "scale", scale);
     check_floating(op, "scale", scale);
@@ -99,13 +119,33 @@ struct Adapters {
       check_shape(op, "lora_a", lora_a[i], {rank, D}, "[rank, in_features]", "x");
       check_cpu(op, "lora_b", lora_b[i]);
       check_floating(op, "lora_b", lora_b[i]);
-      check_shape(op, "lora_b", lora_b[i], {O, rank}, "[out_features, rank]", "y and lora_a");
+      check_shape(op, "lora_b", lora_b[i], {outputs(int64_t(i)), rank}, "[out_features, rank]",
+                  split.empty() ? "y and lora_a" : "split and lora_a");
       first.push_back(ranks() + rank);
       factors.insert(factors.end(), size_t(rank), factor[i]);
     }
   }
 
   int64_t ranks() const { return first.back(); }
+  int64_t projections() const { return int64_t(starts_.size()) - 1; }
+  int64_t start(int64_t pair) const { return starts_[size_t(pair % projections())]; }
+  int64_t outputs(int64_t pair) const { return starts_[size_t(pair % projections()) + 1] - start(pair); }
+
+  // Of all groups, each with as many: one of all ranks where there is one projection, else one for each pair.
+  std::vector<Part> parts(const Routing& routing) const {
+    std::vector<Part> parts;
+    for (const Block& g : routing.groups) {
+      if (projections() == 1) {
+        parts.push_back({0, g.ranks, 0, out_features_});
+        continue;
+      }
+      const int64_t count = routing.routed ? projections() : int64_t(first.size()) - 1;
+      for (int64_t i = g.part; i < g.part + count; ++i) {
+        parts.push_back({first[size_t(i)] - g.rank, first[size_t(i) + 1] - first[size_t(i)], start(i), outputs(i)});
+      }
+    }
+    return parts;
+  }
 
   // Only for adapters that rows meet: a server holds hundreds, of which a batch asks for a few.
   void lay_out(const Routing& routing) {
@@ -128,29 +168,38 @@ struct Adapters {
       run_transpose({element_of(b.scalar_type()),
                      element_of(arithmetic),
                      {b.data_ptr(), b.stride(0), first[i + 1] - first[i]},
-                     {transposed_.get() + first[i] * ld * size, ld, out_features_},
-                     out_features_,
+                     {transposed_.get() + first[i] * ld * size, ld, outputs(int64_t(i))},
+                     outputs(int64_t(i)),
                      factors[size_t(first[i])]});
     }
+  }
+
+  int64_t size_of_b() const {
+    int64_t size = 0;
+    for (const Tensor& b : lora_b_) size += b.numel();
+    return size;
   }
 
   // Gradients of padded rows to one [out_features, rank] after the other.
   void transpose_back(const Tensor& rows, Tensor& flat) const {
     const int64_t size = arithmetic == ScalarType::Double ? sizeof(double) : sizeof(float),
                   ld = out_features_ + kPadding;
+    char* to = static_cast<char*>(flat.data_ptr());
     for (size_t i = 0; i < lora_a_.size(); ++i) {
-      const int64_t rank = first[i + 1] - first[i];
+      const int64_t rank = first[i + 1] - first[i], O = outputs(int64_t(i));
       run_transpose({element_of(arithmetic),
                      element_of(arithmetic),
-                     {static_cast<char*>(rows.data_ptr()) + first[i] * ld * size, ld, out_features_},
-                     {static_cast<char*>(flat.data_ptr()) + first[i] * out_features_ * size, rank, rank},
+                     {static_cast<char*>(rows.data_ptr()) + first[i] * ld * size, ld, O},
+                     {to, rank, rank},
                      rank,
                      1.0});
+      to += rank * O * size;
     }
   }
 
  private:
   int64_t out_features_;
+  std::vector<int64_t> starts_;
   const Tensors &lora_a_, &lora_b_;
   Tensors a_;
   std::unique_ptr<char[]> transposed_;

@@ -23,25 +23,29 @@ inline bool same_sizes(const Tensor& a, const Tensor& b, int64_t dims) {
 
 struct Routing {
   int64_t M, width;            // rows, and ranks that one of them meets at most
+  bool routed;                 // whether rows meet one adapter at most
   std::vector<Block> groups;   // one per adapter, or one of all rows and all ranks
   std::vector<int64_t> order;  // empty: rows lie in the order of their groups
 
-  // `first` is that of the adapters' ranks, ending with their sum.
-  Routing(const char* op, const Tensor& x, const std::vector<int64_t>& first, const OptionalTensor& segments,
-          const OptionalTensor& indices) {
+  // `first_of_pairs` are the ranks where pairs of A and B begin, ending with their sum; `parts` of them are an adapter.
+  Routing(const char* op, const Tensor& x, const std::vector<int64_t>& first_of_pairs, int64_t parts,
+          const OptionalTensor& segments, const OptionalTensor& indices) {
+    std::vector<int64_t> first;
+    for (size_t i = 0; i < first_of_pairs.size(); i += size_t(parts)) first.push_back(first_of_pairs[i]);
     const int64_t n = int64_t(first.size()) - 1;
     M = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
     check(!segments || !indices, op, "expected segments or indices, got both");
     width = first.back();
-    if (!segments && !indices) {
-      groups.push_back({0, M, 0, first.back()});
+    routed = segments || indices;
+    if (!routed) {
+      groups.push_back({0, M, 0, first.back(), 0});
       return;
     }
     width = 0;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t rank = first[size_t(i)];
-      groups.push_back({0, 0, rank, first[size_t(i) + 1] - rank});
+      groups.push_back({0, 0, rank, first[size_t(i) + 1] - rank, i * parts});
       width = std::max(width, groups.back().ranks);
     }
     segments ? read_segments(op, *segments, n) : read_indices(op, *indices, x, n);
@@ -65,7 +69,7 @@ struct Routing {
       if (g.ranks == 0) continue;
       const int64_t size = g.count >= 8 * kManyRows ? kManyRows : kFewRows;
       for (int64_t i = 0; i < g.count; i += size)
-        blocks.push_back({g.first + i, std::min(size, g.count - i), g.rank, g.ranks});
+        blocks.push_back({g.first + i, std::min(size, g.count - i), g.rank, g.ranks, g.part});
     }
     return blocks;
   }

@@ -140,6 +140,13 @@ static void expand(T* const* c, const T* const* up, int64_t rows, int64_t ranks,
   if (j < columns) expand_strip<S, 1>(c, up, rows, ranks, j, columns - j, dropout, keys, out);
 }
 
+template <typename F>
+FW_INLINE void for_parts(const UpdateArgs& a, const Block& b, const F& f) {
+  for (int64_t i = 0; i < a.parts_of_block; ++i) {
+    if (a.parts[b.part + i].ranks > 0) f(a.parts[b.part + i]);
+  }
+}
+
 template <typename S>
 static void update_block(const UpdateArgs& a, const Block& b) {
   using T = Compute<S>;
@@ -155,8 +162,23 @@ static void update_block(const UpdateArgs& a, const Block& b) {
   }
   const T* const* down = reinterpret_cast<const T* const*>(a.down + b.rank);
   const T* const* up = reinterpret_cast<const T* const*>(a.up + b.rank);
-  shrink(in, down, b.count, b.ranks, a.in.columns, a.in_dropout, keys, c);
-  if (a.out.data) expand(c, up, b.count, b.ranks, a.out.columns, a.out_dropout, keys, out);
+  if (a.backward) {
+    for_parts(a, b, [&](const Part& p) {
+      const S* in_part[kManyRows];
+      T* c_part[kManyRows];
+      for (int64_t i = 0; i < b.count; ++i) in_part[i] = in[i] + p.begin, c_part[i] = c[i] + p.rank;
+      shrink(in_part, down + p.rank, b.count, p.ranks, p.columns, a.in_dropout, keys, c_part);
+    });
+    if (a.out.data) expand(c, up, b.count, b.ranks, a.out.columns, a.out_dropout, keys, out);
+  } else {
+    shrink(in, down, b.count, b.ranks, a.in.columns, a.in_dropout, keys, c);
+    for_parts(a, b, [&](const Part& p) {
+      S* out_part[kManyRows];
+      T* c_part[kManyRows];
+      for (int64_t i = 0; i < b.count; ++i) out_part[i] = out[i] + p.begin, c_part[i] = c[i] + p.rank;
+      expand(c_part, up + p.rank, b.count, p.ranks, p.columns, a.out_dropout, keys, out_part);
+    });
+  }
 }
 
 void update(const UpdateArgs& a, int64_t begin, int64_t end) noexcept {

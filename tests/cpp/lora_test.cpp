@@ -36,10 +36,13 @@ static void check_update(const char* level, decltype(&baseline::update) update) 
   Numbers x = in.x, y = in.y, c(in.kCount * in.kRank, NAN);
   // The second block goes through an order and skips row 9.
   const int64_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 11, 10};
-  const Block blocks[] = {{0, 8, 0, in.kRank}, {8, 4, 0, in.kRank}};
+  const Block blocks[] = {{0, 8, 0, in.kRank, 0}, {8, 4, 0, in.kRank, 0}};
+  const Part part{0, in.kRank, 0, in.kOut};
   UpdateArgs args{};
   args.element = Element::f32;
   args.blocks = blocks;
+  args.parts = &part;
+  args.parts_of_block = 1;
   args.order = order;
   args.in = {x.data(), in.kIn, in.kIn};
   args.out = {y.data(), in.kOut, in.kOut};
@@ -65,10 +68,12 @@ static void check_gradient(const char* level, decltype(&baseline::gradient) grad
   constexpr int64_t kCount = kGradientRows + 3, kIn = kGradientColumns + 5, kRank = 3;
   Numbers x = normal(kCount * kIn, 1), c = normal(kCount * kRank, 2), out(kRank * kIn, NAN);
   const double factors[] = {1.0, 0.5, -2.0};
-  const Block group{0, kCount, 0, kRank};
+  const Block group{0, kCount, 0, kRank, 0};
+  const int64_t c_column = 0;
   GradientArgs args{};
   args.element = Element::f32;
   args.groups = &group;
+  args.c_columns = &c_column;
   args.strips = 2;
   args.in = {x.data(), kIn, kIn};
   args.c = {c.data(), kRank, kRank};

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastweights as fw
 from fastweights.ops.lora.reference import dropout_mask
+from fastweights.testing import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -189,3 +190,32 @@ def test_autocast_takes_the_base_to_bfloat16_and_leaves_the_adapters():
     assert torch.equal(y, want)
     y.float().sum().backward()
     assert lora_a[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_projections_together_are_projections_apart(routed):
+    sizes, ranks, adapters = [40, 8, 16], [4, 2, 3], 2
+    x, weight = torch.randn(21, 50, requires_grad=True), torch.randn(64, 50)
+    lora_a = [torch.randn(r, 50, requires_grad=True) for r in ranks * adapters]
+    lora_b = [
+        torch.randn(o, r, requires_grad=True)
+        for o, r in zip(sizes * adapters, ranks * adapters, strict=True)
+    ]
+    scale = torch.rand(6)
+    rows = {"indices": torch.arange(21) % 3 - 1} if routed else {}
+    leaves = [x, *lora_a, *lora_b]
+    together = fw.lora_linear(x, weight, None, lora_a, lora_b, scale, split=sizes, **rows)
+    apart = torch.cat(
+        [
+            fw.lora_linear(x, w, None, lora_a[p::3], lora_b[p::3], scale[p::3], **rows)
+            for p, w in enumerate(weight.split(sizes))
+        ],
+        -1,
+    )
+    assert_close(together, apart, tolerance=2e-6)
+    dy = torch.randn_like(together)
+    assert_close(
+        torch.autograd.grad(together, leaves, dy),
+        torch.autograd.grad(apart, leaves, dy),
+        tolerance=4e-6,
+    )

@@ -34,6 +34,7 @@ def lora_linear(
     indices: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    split: Sequence[int] | None = None,
 ) -> Tensor:
     r"""A frozen linear layer with low-rank updates.
 
@@ -61,6 +62,11 @@ def lora_linear(
             multiplied by 1 / (1 - dropout).
         seed: int64, one number: what is left out is a function of it and of the element's place,
             at any number of threads. Required if dropout > 0.
+        split: sizes of projections that share x and whose weights are stacked (q, k and v; gate and
+            up): ``sum(split) == out_features``. Then lora_a, lora_b and scale have
+            ``len(split)`` entries for each adapter, one after another, that of projection p with
+            B ``[split[p], rank]``; segments and indices count adapters. One pass over x serves all
+            of them. ``y.split(split, -1)`` are the projections' outputs.
 
     Returns:
         y, ``[..., out_features]``, of x's dtype. Rows that meet no adapter are those of the base,
@@ -81,7 +87,8 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000],
                 [2.5000, 2.5000, 2.5000]])
     """
-    updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed)
+    sizes = [] if split is None else list(split)
+    updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed, sizes)
     layout = _layout_of(weight)
     packed = weight.packed if isinstance(weight, QuantizedTensor) else weight
     _common.refuse_forward_ad("lora_linear", x, bias, *lora_a, *lora_b)
@@ -93,7 +100,7 @@ def lora_linear(
     if _common.needs_reference(x, packed):
         return reference.lora_linear(
             x, weight, bias, lora_a, lora_b, scale,
-            segments=segments, indices=indices, dropout=dropout, seed=seed,
+            segments=segments, indices=indices, dropout=dropout, seed=seed, split=split,
         )  # fmt: skip
     if _is_traced() or not (x.is_cpu and packed.is_cpu):
         result: Tensor = _ops.lora_linear(x, packed.detach(), *layout, bias, *updates)[0]
@@ -101,7 +108,18 @@ def lora_linear(
     if torch.is_autocast_enabled("cpu"):
         x, packed, bias = (_in_autocast_dtype(t) for t in (x, packed, bias))
     y = _Eager.apply(
-        layout, dropout, x, packed.detach(), bias, scale, segments, indices, seed, *lora_a, *lora_b
+        layout,
+        dropout,
+        sizes,
+        x,
+        packed.detach(),
+        bias,
+        scale,
+        segments,
+        indices,
+        seed,
+        *lora_a,
+        *lora_b,
     )
     return y
 
@@ -179,7 +197,7 @@ def _name(dtype: torch.dtype) -> str:
 
 _UPDATES = (
     "Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments, Tensor? indices, "
-    "float dropout, Tensor? seed"
+    "float dropout, Tensor? seed, int[] split"
 )
 _WEIGHT = (
     "Tensor weight, str format, int out_features, int in_features, int group_size, str activation"
@@ -225,50 +243,53 @@ def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _ranks(lora_a: Sequence[Tensor], *by_row: Tensor | None) -> int:
-    """Columns of u: all ranks side by side, or those of a row's one adapter."""
-    ranks = [a.shape[0] for a in lora_a]
-    routed = any(t is not None for t in by_row)
-    return max(ranks, default=0) if routed else sum(ranks)
-
-
 def _u_fake(
-    x: Tensor, lora_a: Sequence[Tensor], segments: Tensor | None, indices: Tensor | None
-) -> Tensor:
-    rows = x.shape[:-1].numel()
-    return x.new_empty((rows, _ranks(lora_a, segments, indices)), dtype=_arithmetic(x))
+    x: Tensor, lora_a: Sequence[Tensor], segments: Tensor | None, indices: Tensor | None,
+    split: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """All ranks side by side, or those of a row's one adapter."""
+    ranks, projections = [a.shape[0] for a in lora_a], max(1, len(split))
+    width = sum(ranks)
+    if segments is not None or indices is not None:
+        each = [sum(ranks[i : i + projections]) for i in range(0, len(ranks), projections)]
+        width = max(each, default=0)
+    return x.new_empty((x.shape[:-1].numel(), width), dtype=_arithmetic(x))
 
 
 def _update_fake(
     y: Tensor, x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor,
     segments: Tensor | None, indices: Tensor | None, dropout: float, seed: Tensor | None,
+    split: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    return _u_fake(x, lora_a, segments, indices)
+    return _u_fake(x, lora_a, segments, indices, split)
 
 
 def _gradients_fake(
-    dx: Tensor | None, dy: Tensor, x: Tensor, u: Tensor, lora_a: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor]:
+    dx: Tensor | None, dy: Tensor, x: Tensor, u: Tensor, lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor], *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     ranks = sum(a.shape[0] for a in lora_a)
     da = x.new_empty((ranks, x.shape[-1]), dtype=_arithmetic(x))
-    return da, x.new_empty((ranks * dy.shape[-1],), dtype=_arithmetic(x))
+    return da, x.new_empty((sum(b.numel() for b in lora_b),), dtype=_arithmetic(x))
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor, format: str, n: int, k: int, group_size: int, activation: str,
     bias: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Tensor,
     segments: Tensor | None, indices: Tensor | None, dropout: float, seed: Tensor | None,
+    split: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out_features = n if format else weight.shape[0]
-    return x.new_empty((*x.shape[:-1], out_features)), _u_fake(x, lora_a, segments, indices)
+    return x.new_empty((*x.shape[:-1], out_features)), _u_fake(x, lora_a, segments, indices, split)
 
 
 def _backward_fake(
     dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, format: str, n: int, k: int,
-    group_size: int, activation: str, lora_a: Sequence[Tensor], *rest: Any,
+    group_size: int, activation: str, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape if rest[-1] else 0)
-    return dx, *_gradients_fake(dx, dy, x, u, lora_a)
+    return dx, *_gradients_fake(dx, dy, x, u, lora_a, lora_b)
 
 
 torch.library.register_fake("fastweights::lora_update_", _update_fake)
@@ -278,8 +299,8 @@ torch.library.register_fake("fastweights::lora_linear_backward", _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, *base, bias, lora_a, lora_b, scale, segments, indices, dropout, seed = inputs
-    ctx.base, ctx.dropout, ctx.adapters = base, dropout, len(lora_a)
+    x, weight, *base, bias, lora_a, lora_b, scale, segments, indices, dropout, seed, split = inputs
+    ctx.base, ctx.dropout, ctx.split, ctx.adapters = base, dropout, split, len(lora_a)
     ctx.bias = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight, scale, segments, indices, seed, *lora_a, *lora_b)
@@ -292,7 +313,7 @@ def _gradients(ctx: Any, dy: Tensor, needs_x: bool, needs_bias: bool) -> _Gradie
     """Of x, bias, lora_a and lora_b."""
     x, u, weight, scale, segments, indices, seed, *adapters = ctx.saved_tensors
     lora_a, lora_b = adapters[: ctx.adapters], adapters[ctx.adapters :]
-    updates = (lora_a, lora_b, scale, segments, indices, ctx.dropout, seed)
+    updates = (lora_a, lora_b, scale, segments, indices, ctx.dropout, seed, ctx.split)
     backward = (
         _ops.lora_linear_backward if torch.is_grad_enabled() or _is_traced() else _backward_cpu
     )
@@ -306,7 +327,9 @@ def _gradients(ctx: Any, dy: Tensor, needs_x: bool, needs_bias: bool) -> _Gradie
 
 
 def _backward(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Any, ...]:
-    base, nothing = (None,) * 6, (None,) * 5
+    base = (None,) * 6
+    sizes: Any = None if ctx.split else []  # torch takes an empty list for one of tensors
+    nothing = (None, None, None, None, None, sizes)
     if dy is None:
         return None, *base, None, [None] * ctx.adapters, [None] * ctx.adapters, *nothing
     dx, dbias, das, dbs = _gradients(ctx, dy, ctx.needs_input_grad[0], ctx.needs_input_grad[7])
@@ -318,12 +341,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layout: Any, dropout: float, x: Tensor, weight: Tensor, bias: Tensor | None,
-        scale: Tensor, segments: Tensor | None, indices: Tensor | None, seed: Tensor | None,
-        *adapters: Tensor,
+        ctx: Any, layout: Any, dropout: float, split: list[int], x: Tensor, weight: Tensor,
+        bias: Tensor | None, scale: Tensor, segments: Tensor | None, indices: Tensor | None,
+        seed: Tensor | None, *adapters: Tensor,
     ) -> Tensor:  # fmt: skip
         lora_a, lora_b = adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
-        updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed)
+        updates = (list(lora_a), list(lora_b), scale, segments, indices, dropout, seed, split)
         inputs = (x, weight, *layout, bias, *updates)
         output = _forward_cpu(*inputs)
         _setup_context(ctx, inputs, output)
@@ -333,9 +356,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
-            return (None,) * (9 + 2 * ctx.adapters)
-        dx, dbias, das, dbs = _gradients(ctx, dy, ctx.needs_input_grad[2], ctx.needs_input_grad[4])
-        return None, None, dx, None, dbias, None, None, None, None, *das, *dbs
+            return (None,) * (10 + 2 * ctx.adapters)
+        dx, dbias, das, dbs = _gradients(ctx, dy, ctx.needs_input_grad[3], ctx.needs_input_grad[5])
+        return None, None, None, dx, None, dbias, None, None, None, None, *das, *dbs
 
 
 torch.library.register_autograd("fastweights::lora_linear", _backward, setup_context=_setup_context)

@@ -25,6 +25,7 @@ def lora_linear(
     indices: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    split: Sequence[int] | None = None,
 ) -> Tensor:
     """Same contract as `fastweights.lora_linear`."""
     if isinstance(weight, QuantizedTensor):
@@ -36,11 +37,13 @@ def lora_linear(
     if dropout:
         assert seed is not None
         dropped = dropped * dropout_mask(x.shape, dropout, int(seed)).to(exact)
-    update = torch.zeros(y.shape, dtype=exact)
+    sizes = [y.shape[-1]] if split is None else list(split)
+    updates = [torch.zeros((*y.shape[:-1], size), dtype=exact) for size in sizes]
     for i, (a, b, s) in enumerate(zip(lora_a, lora_b, scale, strict=True)):
+        adapter, projection = divmod(i, len(sizes))
         one = s.to(exact) * (dropped @ a.to(exact).T) @ b.to(exact).T
-        update = update + one * _meets(i, x, segments, indices)
-    return (y.to(exact) + update).to(x.dtype)
+        updates[projection] = updates[projection] + one * _meets(adapter, x, segments, indices)
+    return (y.to(exact) + torch.cat(updates, -1)).to(x.dtype)
 
 
 def dropout_mask(shape: Sequence[int], p: float, seed: int) -> Tensor:

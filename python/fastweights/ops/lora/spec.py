@@ -33,7 +33,8 @@ def _call(
 ) -> Sample:
     x, w, b = _draw(dtype, (*rows, in_features), (out_features, in_features), (out_features,))
     lora_a = [_draw(dtype, (r, in_features))[0] for r in ranks]
-    lora_b = [_draw(dtype, (out_features, r))[0] for r in ranks]
+    sizes = options.get("split", [out_features])
+    lora_b = [_draw(dtype, (sizes[i % len(sizes)], r))[0] for i, r in enumerate(ranks)]
     scale = torch.linspace(0.5, 2.0, len(ranks), dtype=dtype)
     return sample(x, w, b if bias else None, lora_a, lora_b, scale, **options)
 
@@ -57,7 +58,15 @@ def _samples(dtype: torch.dtype) -> Sequence[Sample]:
         _call(dtype, (0, 3), 6, 4, [2]),
         _call(dtype, (3,), 6, 4, []),
         _call(dtype, (3,), 6, 4, [0, 2]),
+        _call(dtype, (2, 5), 16, 70, [4, 1, 2], split=[33, 5, 32], dropout=0.3, seed=seed),
+        _call(dtype, (6,), 7, 30, [2, 1, 0, 3], split=[20, 10]),
+        _call(
+            dtype, (7,), 5, 9, [2, 3, 1, 1], split=[4, 5],
+            indices=torch.tensor([1, 0, -1, 1, 0, 0, 1]),
+        ),
+        _call(dtype, (9,), 5, 9, [1, 2, 2, 0], split=[9, 0], segments=torch.tensor([1, 4, 8])),
         _quantized(dtype, (5,), 40, 20, [3]),
+        _quantized(dtype, (4,), 64, 33, [2, 3], split=[17, 16]),
         _quantized(dtype, (2, 3), 64, 33, [2, 2], indices=torch.tensor([1, 0])),
     ]  # fmt: skip
 
@@ -75,6 +84,7 @@ def _gradcheck() -> Sequence[Sample]:
         _call(double, (3,), 5, 4, [2, 1], dropout=0.4, seed=torch.tensor(3)),
         _call(double, (2, 3), 5, 4, [2, 1], bias=False, indices=torch.tensor([1, -1])),
         _quantized(double, (3,), 5, 4, [2]),
+        _call(double, (3,), 5, 4, [2, 1], split=[3, 1]),
     ]
 
 
@@ -127,6 +137,26 @@ _BAD_INPUTS = (
         lambda: lora_linear(_X, _W, None, _A, _B, torch.ones(2)),
         RuntimeError,
         r"expected scale of shape \[adapters\] = \[1\] \(from lora_a\), got \[2\]",
+    ),
+    BadInput(
+        lambda: lora_linear(_X, _W, None, _A, _B, _S, split=[2, 2]),
+        RuntimeError,
+        r"expected split into sizes that add up to out_features = 3, got 2 at 1",
+    ),
+    BadInput(
+        lambda: lora_linear(_X, _W, None, _A, _B, _S, split=[2]),
+        RuntimeError,
+        r"expected split into sizes that add up to out_features = 3, got 2$",
+    ),
+    BadInput(
+        lambda: lora_linear(_X, _W, None, _A, _B, _S, split=[2, 1]),
+        RuntimeError,
+        r"expected a lora_a for each of 2 projections \(from split\) and adapter, got 1",
+    ),
+    BadInput(
+        lambda: lora_linear(_X, _W, None, _A * 2, _B * 2, torch.ones(2), split=[2, 1]),
+        RuntimeError,
+        r"expected lora_b of shape \[out_features, rank\] = \[2, 2\] \(from split and lora_a\)",
     ),
     BadInput(
         lambda: lora_linear(_X, _W, None, _A, _B, _S, segments=torch.tensor([0, 3])),
