@@ -1,0 +1,123 @@
+"""The layers under adapters: what is linear, and their weights in one layout, a few rows at a time.
+
+Linear layers of torch and of this package, and `Conv1D` of transformers, which keeps its weight as
+``[in_features, out_features]`` and is told by that, so that transformers need not be there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from fastweights.ops.quantization.functional import dequantize_rows
+from fastweights.ops.quantization.layers import QuantizedLinear
+from fastweights.ops.quantization.tensor import QuantizedTensor
+
+__all__ = [
+    "bias_of",
+    "changed",
+    "device_of",
+    "dtype_of",
+    "is_conv1d",
+    "is_linear",
+    "matrix_of",
+    "order_of",
+    "row_tiles",
+    "sizes",
+]
+
+_TILE = 1 << 19  # elements: 4 MiB of float64
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is `Conv1D` of transformers."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and isinstance(weight, Tensor)
+        and tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose computation is known.
+
+    Subclasses with a forward of their own are not, nor is the output projection of
+    `nn.MultiheadAttention`, which is never called.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward and not isinstance(
+            module, nn.modules.linear.NonDynamicallyQuantizableLinear
+        )
+    return isinstance(module, QuantizedLinear) or is_conv1d(module)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features)."""
+    if is_conv1d(module):
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def matrix_of(module: nn.Module) -> Tensor | QuantizedTensor:
+    """``[out_features, in_features]``, sharing memory."""
+    weight = module.weight
+    assert isinstance(weight, (Tensor, QuantizedTensor))
+    return weight.t() if isinstance(weight, Tensor) and is_conv1d(module) else weight
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the weight; of a quantized one, what it is computed in."""
+    weight = module.weight
+    return weight.dtype if isinstance(weight, Tensor) else torch.float32
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """``[out_features]`` or None."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+def order_of(module: nn.Module) -> Tensor | None:
+    """Which input each column of the weight meets, where they come in another order."""
+    return module.order if isinstance(module, QuantizedLinear) else None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Of the first parameter or buffer."""
+    return next(chain(module.parameters(), module.buffers())).device
+
+
+def row_tiles(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of ``[out_features, in_features]`` at a time, converted to a dtype.
+
+    They may share memory with the weight where it has that dtype.
+    """
+    weight = matrix_of(module)
+    rows, columns = weight.shape
+    step = max(1, _TILE // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        if isinstance(weight, Tensor):
+            yield part, weight[part].to(dtype)
+        else:
+            index = torch.arange(part.start, part.stop, device=weight.packed.device)
+            tile = dequantize_rows(weight, index, torch.float32).to(dtype)
+            order = order_of(module)
+            yield part, tile if order is None else tile[:, order.argsort()]
+
+
+def changed(module: nn.Module, **parameters: Tensor | None) -> nn.Module:
+    """A module like another one but for some parameters; the others are shared."""
+    new = copy.copy(module)
+    new._parameters = dict(module._parameters)
+    for name, value in parameters.items():
+        old = module._parameters[name]
+        frozen = old is None or not old.requires_grad
+        new._parameters[name] = None if value is None else nn.Parameter(value, not frozen)
+    return new
