@@ -14,6 +14,7 @@ from fastweights.adapters import (
     adapter_layers,
     disabled,
     merge,
+    merge_report,
     remove,
     unmerge,
 )
@@ -148,3 +149,67 @@ def test_merging_warns_where_weights_were_tied():
         merge(ours)
     assert torch.equal(base["embed"].weight, before)
     assert not torch.equal(base["head"].weight, before)
+
+
+@pytest.mark.parametrize(("size", "lost"), [(0.005, 0.31), (0.026, 0.064), (0.10, 0.016)])
+def test_the_report_tells_what_bfloat16_loses(size, lost):
+    """A weight of deviation 0.02, 512 x 512, and an update of rank 16 of a given size."""
+    linear = nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
+    nn.init.normal_(linear.weight, std=0.02)
+    ours = fw.adapt(nn.Sequential(linear), LoRA(rank=16, init="random"))
+    layer, before = ours[0], linear.weight.clone()
+    layer.set_scale("default", size * before.float().norm().item() / layer.delta("default").norm())
+    (loss,) = report = merge_report(ours)
+    assert abs(loss.size - size) < 1e-4
+    assert abs(loss.measured / lost - 1) < 0.08
+    assert abs(loss.predicted / loss.measured - 1) < 0.1
+    if size == 0.005:
+        assert abs(loss.unmoved - 0.32) < 0.02
+    assert str(report).splitlines()[1].split()[:2] == ["0", "bfloat16"]
+    (wide,) = merge_report(ours, "default", dtype=torch.float32)
+    assert wide.measured < 2e-4
+    x, delta = torch.randn(64, 512), layer.delta("default")
+    assert torch.equal(layer.weight, before)
+    merge(ours)
+    exact = F.linear(x, delta)
+    output = F.linear(x, ours[0].weight.float() - before.float()) - exact
+    assert abs(output.norm() / exact.norm() / lost - 1) < 0.15
+
+
+def test_the_report_counts_codes_and_refuses_nothing():
+    ours = adapted(quantized())
+    shake(ours)
+    report = merge_report(ours)
+    assert {loss.path: loss.format for loss in report if "layers.1" in loss.path} == {
+        "layers.1.q_proj": "int8",
+        "layers.1.v_proj": "int8",
+        "layers.1.up": "int8",
+        "layers.1.down": "float32",
+    }
+    for loss in report:
+        assert loss.measured < (1 if loss.format == "int8" else 1e-5)
+        assert (loss.predicted != loss.predicted) == (loss.format == "int8")
+    with pytest.raises(ValueError, match="merge_report: expected a model with LoRA to merge"):
+        merge_report(model())
+    with pytest.raises(ValueError, match="merge_report: expected names of adapters in"):
+        merge_report(ours, "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_keeps_a_small_update_on_average(dtype):
+    """An update of a twentieth of a step is lost, or is there in one of twenty entries."""
+    linear = nn.Linear(64, 64, bias=False, dtype=dtype)
+    nn.init.constant_(linear.weight, 1.0)
+    step = torch.finfo(dtype).eps
+    for sign in (1, -1):
+        for rounding, expected in (("nearest", 0.0), ("stochastic", sign * step / 20)):
+            ours = fw.adapt(nn.Sequential(copy.deepcopy(linear)), LoRA(rank=1, alpha=sign))
+            with torch.no_grad():
+                ours[0].lora_A["default"].fill_(1.0)
+                ours[0].lora_B["default"].fill_(step / 20)
+            merge(ours, rounding=rounding)
+            moved = ours[0].weight.double() - 1
+            assert moved.unique().numel() == (1 if rounding == "nearest" else 2)
+            assert abs(moved.mean() - expected) < step / 100
+    with pytest.raises(ValueError, match=r"merge: expected rounding in .* got 'up'"):
+        merge(adapted(), rounding="up")

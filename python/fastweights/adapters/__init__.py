@@ -3,8 +3,11 @@
 from fastweights.adapters.activate import activate, disabled, per_sample
 from fastweights.adapters.inject import adapt, remove
 from fastweights.adapters.lora import LoRA
+from fastweights.adapters.lora_conv import LoRAConv
+from fastweights.adapters.lora_embedding import LoRAEmbedding
 from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.merge import merge, unmerge
+from fastweights.adapters.merge_report import merge_report
 from fastweights.adapters.protocol import (
     Adapter,
     AdapterLayer,
@@ -18,6 +21,8 @@ __all__ = [
     "Adapter",
     "AdapterLayer",
     "LoRA",
+    "LoRAConv",
+    "LoRAEmbedding",
     "LoRALinear",
     "SavedModule",
     "activate",
@@ -27,6 +32,7 @@ __all__ = [
     "adapter_names",
     "disabled",
     "merge",
+    "merge_report",
     "per_sample",
     "remove",
     "unmerge",

@@ -1,7 +1,7 @@
 """The layers under adapters: what is linear, and their weights in one layout, a few rows at a time.
 
-Linear layers of torch and of this package, and `Conv1D` of transformers, which keeps its weight as
-``[in_features, out_features]`` and is told by that, so that transformers need not be there.
+`Conv1D` of transformers, which keeps its weight as ``[in_features, out_features]``, is told by
+that, so that transformers need not be there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastweights.ops.quantization.layers import QuantizedLinear
 from fastweights.ops.quantization.tensor import QuantizedTensor
 
 __all__ = [
+    "as_matrix",
     "bias_of",
     "changed",
     "device_of",
@@ -63,11 +64,21 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight of a layer as ``[out_features, in_features]``, sharing memory.
+
+    Embeddings are matrices that meet one-hot rows; convolutions meet patches.
+    """
+    return (
+        weight.t() if is_conv1d(module) or isinstance(module, nn.Embedding) else weight.flatten(1)
+    )
+
+
 def matrix_of(module: nn.Module) -> Tensor | QuantizedTensor:
-    """``[out_features, in_features]``, sharing memory."""
+    """The same of a layer's own weight, which may be quantized."""
     weight = module.weight
     assert isinstance(weight, (Tensor, QuantizedTensor))
-    return weight.t() if isinstance(weight, Tensor) and is_conv1d(module) else weight
+    return as_matrix(module, weight) if isinstance(weight, Tensor) else weight
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -78,7 +89,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """``[out_features]`` or None."""
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return bias
 

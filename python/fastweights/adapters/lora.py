@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fastweights.adapters.base import is_linear
+from fastweights.adapters.lora_conv import LoRAConv, is_convolution
+from fastweights.adapters.lora_embedding import LoRAEmbedding, is_embedding
 from fastweights.adapters.lora_layer import LoRALayer
 from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.protocol import Adapter, AdapterLayer
@@ -102,7 +104,11 @@ class LoRA(Adapter):
 def _layer_for(module: nn.Module, path: str) -> LoRALayer:
     if is_linear(module):
         return LoRALinear(module)
+    if is_embedding(module):
+        return LoRAEmbedding(module)
+    if is_convolution(module):
+        return LoRAConv(module)
     raise TypeError(
-        f"LoRA: expected {path} to be nn.Linear, Conv1D of transformers or QuantizedLinear, got "
-        f"{type(module).__name__}"
+        f"LoRA: expected {path} to be nn.Linear, Conv1D of transformers, QuantizedLinear, "
+        f"nn.Embedding without max_norm, or a convolution, got {type(module).__name__}"
     )

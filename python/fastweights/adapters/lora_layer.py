@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastweights.adapters.base import device_of, dtype_of
+from fastweights.adapters.base import as_matrix, bias_of, changed, device_of, dtype_of, row_tiles
 from fastweights.adapters.protocol import AdapterLayer
+from fastweights.adapters.rounding import rounded, wide_dtype
 from fastweights.adapters.rules import pattern_value
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LoRALayer(AdapterLayer):
         config.initialize(self, name)
         if config.dora:
             norms = self.norms(name).to(like.dtype)
-            self.lora_magnitude_vector[name] = nn.Parameter(norms)
+            self.lora_magnitude_vector[name] = nn.Parameter(self.across(norms))
 
     def remove(self, name: str) -> None:
         """Takes an adapter away."""
@@ -107,23 +108,24 @@ class LoRALayer(AdapterLayer):
         a, b = self.matrices(name, dtype)
         return b @ a
 
-    def tiles(self, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
-        """The base's weight, some rows of ``[out, in]`` at a time."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def norms(self, name: str) -> Tensor:
         """DoRA's n: ‖W + s B A‖ by rows, ``[out_features]``."""
-        wide = torch.float64 if dtype_of(self.base_layer) == torch.float64 else torch.float32
+        dtype = dtype_of(self.base_layer)
+        wide = dtype if dtype == torch.float64 else torch.float32
         a, b = self.matrices(name, wide)
-        parts = [(tile + b[part] @ a).norm(dim=1) for part, tile in self.tiles(wide)]
-        return torch.cat(parts)
+        tiles = row_tiles(self.base_layer, wide)
+        return torch.cat([(tile + b[part] @ a).norm(dim=1) for part, tile in tiles])
 
     def direction(self, name: str) -> Tensor:
-        """DoRA's m / n, ``[out_features]``; the gradient is m's."""
-        magnitude = self.lora_magnitude_vector[name]
-        direction: Tensor = magnitude.flatten() / self.norms(name).to(magnitude.dtype)
+        """DoRA's m / n; the gradient is m's."""
+        m = self.lora_magnitude_vector[name]
+        direction: Tensor = m / self.across(self.norms(name).to(m.dtype))
         return direction
+
+    def across(self, values: Tensor) -> Tensor:
+        """One value per output in the shape that meets y."""
+        return values
 
     def merged_rows(self, tile: Tensor, part: slice, names: Iterable[str]) -> Tensor:
         """Some rows of W with the updates of adapters added."""
@@ -139,6 +141,30 @@ class LoRALayer(AdapterLayer):
             m = self.lora_magnitude_vector[name].detach().flatten()[part].to(tile.dtype)
             result += turned * (m / turned.norm(dim=1)).unsqueeze(1) - tile
         return result
+
+    @torch.no_grad()
+    def merged_layer(
+        self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str
+    ) -> nn.Module:
+        """A layer of the base's kind with the updates in its weight."""
+        base = self.base_layer
+        chosen = dtype or dtype_of(base)
+        shape: tuple[int, ...] = base.weight.shape  # type: ignore[assignment]
+        weight = self.scale.new_empty(shape, dtype=chosen)
+        matrix = as_matrix(base, weight)
+        for part, tile in row_tiles(base, wide_dtype(chosen)):
+            matrix[part] = rounded(self.merged_rows(tile, part, names), chosen, rounding)
+        bias = bias_of(base)
+        for name in names:
+            if name in getattr(self, "lora_bias", ()):
+                own = self.lora_bias[name].double() * self._scaling[name]
+                bias = own if bias is None else bias.double() + own
+        return self.keep(weight, bias if bias is None else bias.detach().to(chosen))
+
+    def keep(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A layer like the base with another weight and bias."""
+        parameters = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        return changed(self.base_layer, **parameters)
 
     def check_merge(self, names: tuple[str, ...], quantized: bool) -> None:
         """A broken adapter must not reach the base."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastweights.adapters.base import (
     bias_of,
-    changed,
-    dtype_of,
-    is_conv1d,
     matrix_of,
     order_of,
-    row_tiles,
     sizes,
 )
 from fastweights.adapters.lora_layer import LoRALayer
@@ -53,10 +49,6 @@ class LoRALinear(LoRALayer):
         """Of A and B."""
         return (rank, self.in_features), (self.out_features, rank)
 
-    def tiles(self, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
-        """The base's weight, some rows at a time."""
-        return row_tiles(self.base_layer, dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         if not self.used:
@@ -84,7 +76,7 @@ class LoRALinear(LoRALayer):
 
     def _bias(self, x: Tensor, names: Sequence[str], scale: Tensor) -> Tensor | None:
         bias = bias_of(self.base_layer)
-        if self.rows is not None:
+        if self.rows is not None or not self.lora_bias:
             return bias
         for name, s in zip(names, scale, strict=True):
             if name in self.lora_bias:
@@ -129,31 +121,13 @@ class LoRALinear(LoRALayer):
                 "which loses of the update what the format cannot hold"
             )
 
-    @torch.no_grad()
-    def merged_layer(self, names: tuple[str, ...], dtype: torch.dtype | None) -> nn.Module:
-        """A layer of the base's kind with the updates in its weight."""
+    def keep(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        """As `LoRALayer.keep`; codes are found anew."""
         base = self.base_layer
-        chosen = dtype or dtype_of(base)
-        wide = torch.float32 if chosen in (torch.bfloat16, torch.float16) else torch.float64
-        matrix = self.scale.new_empty((self.out_features, self.in_features), dtype=chosen)
-        for part, tile in self.tiles(wide):
-            matrix[part] = self.merged_rows(tile, part, names)
-        bias = self._merged_bias(names, chosen)
-        if isinstance(base, QuantizedLinear):
-            return _quantized_again(base, matrix, bias)
-        weight = matrix.t().contiguous() if is_conv1d(base) else matrix
-        return changed(base, weight=weight, bias=bias)
-
-    def _merged_bias(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor | None:
-        bias = bias_of(self.base_layer)
-        for name in names:
-            if name in self.lora_bias:
-                own = self.lora_bias[name].double() * self._scaling[name]
-                bias = own if bias is None else bias.double() + own
-        return bias if bias is None else bias.detach().to(dtype)
-
-
-def _quantized_again(base: QuantizedLinear, matrix: Tensor, bias: Tensor | None) -> QuantizedLinear:
-    columns = matrix if base.order is None else matrix[:, base.order]
-    weight = quantize(columns, base.format, group_size=base.group_size, activation=base.activation)
-    return QuantizedLinear(weight, bias, base.order).train(base.training)
+        if not isinstance(base, QuantizedLinear):
+            return super().keep(matrix, bias)
+        columns = matrix if base.order is None else matrix[:, base.order]
+        weight = quantize(
+            columns, base.format, group_size=base.group_size, activation=base.activation
+        )
+        return QuantizedLinear(weight, bias, base.order).train(base.training)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastweights.adapters.activate import check_names
 from fastweights.adapters.protocol import AdapterLayer, adapter_layers
+from fastweights.adapters.rounding import ROUNDINGS
 from fastweights.adapters.rules import paths
 from fastweights.quantization.walk import set_module
 
@@ -26,6 +27,7 @@ def merge(
     dtype: torch.dtype | None = None,
     keep_base: bool = False,
     quantized: bool = False,
+    rounding: str = "nearest",
 ) -> Model:
     """Adds adapters to the weights that they adapt, in place, with one rounding.
 
@@ -42,6 +44,8 @@ def merge(
             were not merged with them. True: the layers stay and keep the base aside, so that
             `unmerge` restores every bit; merged layers then take twice the memory.
         quantized: allow layers with quantized weights: they are rounded again, in their format.
+        rounding: "nearest"; or "stochastic": of bfloat16 and float16 weights, up or down by chance,
+            so that a small update is there on average instead of not at all.
 
     Returns:
         The model.
@@ -59,6 +63,8 @@ def merge(
           (0): Linear(in_features=8, out_features=8, bias=True)
         )
     """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"merge: expected rounding in {ROUNDINGS}, got {rounding!r}")
     layers = [(path, m) for path, m in paths(model) if isinstance(m, AdapterLayer)]
     if names is None:
         chosen = tuple(dict.fromkeys(name for _, layer in layers for name in layer.active))
@@ -74,13 +80,13 @@ def merge(
     if keep_base:
         for layer in dict.fromkeys(layer for _, layer in layers):
             if any(name in layer.configs for name in chosen):
-                layer.merge(chosen, dtype)
+                layer.merge(chosen, dtype, rounding)
     else:
         _warn_of_ties(model, layers)
         plain: dict[AdapterLayer, nn.Module] = {}
         for path, layer in layers:
             if layer not in plain:
-                plain[layer] = layer.merged_layer(chosen, dtype)
+                plain[layer] = layer.merged_layer(chosen, dtype, rounding)
             set_module(model, path, plain[layer])
     return model if dtype is None else model.to(dtype)
 

@@ -155,13 +155,15 @@ class AdapterLayer(nn.Module):
     def check_merge(self, names: tuple[str, ...], quantized: bool) -> None:
         """Raises where adapters cannot be merged; `quantized` allows it over codes."""
 
-    def merged_layer(self, names: tuple[str, ...], dtype: torch.dtype | None) -> nn.Module:
+    def merged_layer(
+        self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str
+    ) -> nn.Module:
         """A plain module that computes what the base and some adapters compute together."""
         raise NotImplementedError(f"merge: {type(self).__name__} cannot be merged")
 
-    def merge(self, names: tuple[str, ...], dtype: torch.dtype | None) -> None:
+    def merge(self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str) -> None:
         """Computes with a merged layer from now on and puts the base aside."""
-        merged = self.merged_layer(names, dtype)
+        merged = self.merged_layer(names, dtype, rounding)
         self.put_aside = [getattr(self, self.wrapped)]
         setattr(self, self.wrapped, merged)
         self.merged = names

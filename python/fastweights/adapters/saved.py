@@ -64,10 +64,12 @@ class SavedModule(AdapterLayer):
     def _module(self, name: str | None) -> nn.Module:
         return self.original_module if name is None else self.modules_to_save[name]
 
-    def merged_layer(self, names: tuple[str, ...], dtype: torch.dtype | None) -> nn.Module:
+    def merged_layer(
+        self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str
+    ) -> nn.Module:
         """The trained module."""
         here = [name for name in names if name in self.configs]
         return self._module(here[0] if here else None)
 
-    def merge(self, names: tuple[str, ...], dtype: torch.dtype | None) -> None:
+    def merge(self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str) -> None:
         """Nothing: a whole module is exact as it is."""
