@@ -1,11 +1,13 @@
 """Adapters: small trainable parts on frozen layers, one file per method."""
 
 from fastweights.adapters.activate import activate, disabled, per_sample
+from fastweights.adapters.combine import combine
 from fastweights.adapters.inject import adapt, remove
 from fastweights.adapters.lora import LoRA
 from fastweights.adapters.lora_conv import LoRAConv
 from fastweights.adapters.lora_embedding import LoRAEmbedding
 from fastweights.adapters.lora_linear import LoRALinear
+from fastweights.adapters.lora_plus import lora_plus_groups
 from fastweights.adapters.merge import merge, unmerge
 from fastweights.adapters.merge_report import merge_report
 from fastweights.adapters.protocol import (
@@ -30,7 +32,9 @@ __all__ = [
     "adapter_configs",
     "adapter_layers",
     "adapter_names",
+    "combine",
     "disabled",
+    "lora_plus_groups",
     "merge",
     "merge_report",
     "per_sample",

@@ -48,7 +48,7 @@ def adapt(model: Model, adapter: Adapter, *, name: str = "default") -> Model:
         >>> fw.adapt(model, LoRA(rank=2, targets=["1"]))[1].lora_A["default"].shape
         torch.Size([2, 32])
     """
-    _check_name(model, name)
+    check_name(model, name)
     _check_biases(model, adapter)
     chosen, saved = selected_paths(model, adapter), saved_paths(model, adapter)
     made: dict[nn.Module, AdapterLayer] = {}
@@ -102,7 +102,7 @@ def _save(module: nn.Module, adapter: Adapter, path: str, name: str) -> SavedMod
     return layer
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
     if name in adapter_names(model):
         raise ValueError(f"adapt: expected a name other than {adapter_names(model)}, got {name!r}")
     taken = hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name)
