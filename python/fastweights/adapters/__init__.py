@@ -2,6 +2,7 @@
 
 from fastweights.adapters.activate import activate, disabled, per_sample
 from fastweights.adapters.combine import combine
+from fastweights.adapters.corda import CorDA
 from fastweights.adapters.inject import adapt, remove
 from fastweights.adapters.lora import LoRA
 from fastweights.adapters.lora_conv import LoRAConv
@@ -10,6 +11,7 @@ from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.lora_plus import lora_plus_groups
 from fastweights.adapters.merge import merge, unmerge
 from fastweights.adapters.merge_report import merge_report
+from fastweights.adapters.pissa import PiSSA
 from fastweights.adapters.protocol import (
     Adapter,
     AdapterLayer,
@@ -18,14 +20,17 @@ from fastweights.adapters.protocol import (
     adapter_names,
 )
 from fastweights.adapters.saved import SavedModule
+from fastweights.adapters.to_lora import to_lora
 
 __all__ = [
     "Adapter",
     "AdapterLayer",
+    "CorDA",
     "LoRA",
     "LoRAConv",
     "LoRAEmbedding",
     "LoRALinear",
+    "PiSSA",
     "SavedModule",
     "activate",
     "adapt",
@@ -39,5 +44,6 @@ __all__ = [
     "merge_report",
     "per_sample",
     "remove",
+    "to_lora",
     "unmerge",
 ]

@@ -27,7 +27,7 @@ def activate(model: nn.Module, names: str | Sequence[str], *, trainable: bool = 
     chosen = (names,) if isinstance(names, str) else tuple(names)
     check_names("activate", model, chosen)
     layers = list(adapter_layers(model))
-    _refuse_merged("activate", model)
+    refuse_merged("activate", model)
     for layer in layers:
         layer.activate(chosen)
         for name in layer.configs:
@@ -81,7 +81,7 @@ def per_sample(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         raise ValueError("per_sample: expected a model in evaluation mode, got one in training")
     wanted = tuple(dict.fromkeys(name for name in names if name is not None))
     check_names("per_sample", model, wanted)
-    _refuse_merged("per_sample", model)
+    refuse_merged("per_sample", model)
     layers = list(adapter_layers(model))
     for layer in layers:
         layer.check_rows([name for name in wanted if name in layer.configs])
@@ -103,7 +103,7 @@ def check_names(function: str, model: nn.Module, names: Sequence[str]) -> None:
             raise ValueError(f"{function}: expected names of adapters in {known}, got {name!r}")
 
 
-def _refuse_merged(function: str, model: nn.Module) -> None:
+def refuse_merged(function: str, model: nn.Module) -> None:
     merged = sorted({name for layer in adapter_layers(model) for name in layer.merged})
     if merged:
         raise ValueError(f"{function}: expected adapters to be unmerged first, got {merged} merged")

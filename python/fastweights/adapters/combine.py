@@ -12,7 +12,7 @@ from fastweights.adapters.activate import check_names
 from fastweights.adapters.inject import check_name
 from fastweights.adapters.lora import LoRA
 from fastweights.adapters.lora_layer import LoRALayer
-from fastweights.adapters.protocol import adapter_configs
+from fastweights.adapters.protocol import adapter_configs, adapter_layers
 from fastweights.adapters.rules import paths
 
 __all__ = ["KINDS", "combine"]
@@ -119,6 +119,13 @@ def _check(
         raise ValueError("combine: expected the weight of at least one adapter, got none")
     check_names("combine", model, list(weights))
     check_name(model, name)
+    for layer in adapter_layers(model):
+        changed = [n for n in getattr(layer, "initial_A", ()) if n in weights]
+        if changed:
+            raise ValueError(
+                f"combine: expected adapters that leave the base as it is, got {changed[0]!r}; "
+                "use fastweights.adapters.to_lora first"
+            )
     for one, config in adapter_configs(model).items():
         if one not in weights:
             continue

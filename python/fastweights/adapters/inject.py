@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from fastweights.adapters.activate import activate
+from fastweights.adapters.activate import activate, refuse_merged
 from fastweights.adapters.protocol import (
     Adapter,
     AdapterLayer,
@@ -17,6 +17,7 @@ from fastweights.adapters.protocol import (
 )
 from fastweights.adapters.rules import paths, saved_paths, selected_paths
 from fastweights.adapters.saved import SavedModule
+from fastweights.quantization.samples import read_samples
 from fastweights.quantization.walk import set_module
 
 __all__ = ["adapt", "remove"]
@@ -24,7 +25,14 @@ __all__ = ["adapt", "remove"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def adapt(model: Model, adapter: Adapter, *, name: str = "default") -> Model:
+def adapt(
+    model: Model,
+    adapter: Adapter,
+    *,
+    name: str = "default",
+    calibration: Any = None,
+    tokenizer: Any = None,
+) -> Model:
     """Puts an adapter on a model, in place; what it trains is all that requires gradients then.
 
     Adapters of other names stay, and become inactive (`fastweights.adapters.activate`).
@@ -33,6 +41,9 @@ def adapt(model: Model, adapter: Adapter, *, name: str = "default") -> Model:
         model: any module.
         adapter: the method and its rules, such as `fastweights.adapters.LoRA`.
         name: of the adapter; without a dot.
+        calibration: what methods that look at inputs, such as `fastweights.adapters.CorDA`, run
+            through the model: rows of a tensor, batches, or texts (see `fastweights.quantize_`).
+        tokenizer: of Hugging Face, for texts.
 
     Returns:
         The model.
@@ -49,8 +60,10 @@ def adapt(model: Model, adapter: Adapter, *, name: str = "default") -> Model:
         torch.Size([2, 32])
     """
     check_name(model, name)
+    refuse_merged("adapt", model)
     _check_biases(model, adapter)
     chosen, saved = selected_paths(model, adapter), saved_paths(model, adapter)
+    samples = [] if calibration is None else read_samples(calibration, tokenizer, "adapt")
     made: dict[nn.Module, AdapterLayer] = {}
 
     def put(path: str, build: Callable[[nn.Module], AdapterLayer]) -> None:
@@ -61,8 +74,8 @@ def adapt(model: Model, adapter: Adapter, *, name: str = "default") -> Model:
             set_module(model, path, made[module])
 
     try:
-        for path in chosen:
-            put(path, lambda module, path=path: adapter.build(module, path, name))
+        for path, known in adapter.survey(model, chosen, samples):
+            put(path, lambda m, path=path, known=known: adapter.build(m, path, name, known))
         for path in saved:
             put(path, lambda module, path=path: _save(module, adapter, path, name))
     except BaseException:

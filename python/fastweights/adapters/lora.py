@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,14 +91,14 @@ class LoRA(Adapter):
         if self.dora and self.lora_bias:
             raise ValueError(f"{name}: expected dora or lora_bias, got both")
 
-    def build(self, module: nn.Module, path: str, name: str) -> AdapterLayer:
+    def build(self, module: nn.Module, path: str, name: str, known: Any = None) -> AdapterLayer:
         """See `Adapter.build`."""
         layer = module if isinstance(module, LoRALayer) else _layer_for(module, path)
-        layer.add(name, self, path)
+        layer.add(name, self, path, known)
         return layer
 
-    def initialize(self, layer: LoRALayer, name: str) -> None:
-        """Gives the parameters of a layer's new adapter their first values."""
+    def initialize(self, layer: LoRALayer, name: str, known: Any) -> None:
+        """Gives a layer's new adapter its first values; `known` is what the survey found."""
         layer.reset(name, self.init)
 
 

@@ -59,7 +59,7 @@ class LoRALayer(AdapterLayer):
         """Of A and B."""
         raise NotImplementedError
 
-    def add(self, name: str, config: LoRA, path: str) -> None:
+    def add(self, name: str, config: LoRA, path: str, known: Any = None) -> None:
         """Makes A and B, and what else an adapter has."""
         if config.lora_bias and not hasattr(self, "lora_bias"):
             raise TypeError(f"LoRA: expected lora_bias=False for {type(self).__name__} at {path}")
@@ -74,7 +74,7 @@ class LoRALayer(AdapterLayer):
             self.lora_bias[name] = nn.Parameter(like.new_zeros(b[0]))
         self._scaling[name] = alpha / (math.sqrt(rank) if config.rslora else rank)
         super().add(name, config, path)
-        config.initialize(self, name)
+        config.initialize(self, name, known)
         if config.dora:
             norms = self.norms(name).to(like.dtype)
             self.lora_magnitude_vector[name] = nn.Parameter(self.across(norms))
@@ -126,6 +126,10 @@ class LoRALayer(AdapterLayer):
     def across(self, values: Tensor) -> Tensor:
         """One value per output in the shape that meets y."""
         return values
+
+    def original_rows(self, tile: Tensor, part: slice) -> Tensor:
+        """Some rows of W as they were before any adapter."""
+        return tile
 
     def merged_rows(self, tile: Tensor, part: slice, names: Iterable[str]) -> Tensor:
         """Some rows of W with the updates of adapters added."""

@@ -86,7 +86,10 @@ def merge(
         plain: dict[AdapterLayer, nn.Module] = {}
         for path, layer in layers:
             if layer not in plain:
-                plain[layer] = layer.merged_layer(chosen, dtype, rounding)
+                here = dtype is not None or any(name in layer.configs for name in chosen)
+                plain[layer] = (
+                    layer.merged_layer(chosen, dtype, rounding) if here else layer.original()
+                )
             set_module(model, path, plain[layer])
     return model if dtype is None else model.to(dtype)
 

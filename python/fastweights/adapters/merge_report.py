@@ -120,7 +120,7 @@ def _loss(
     wide = wide_dtype(dtype_of(base))
     squares, entries, unmoved = [0.0, 0.0, 0.0], 0, 0
     for (part, w), (_, after) in zip(row_tiles(base, wide), row_tiles(merged, wide), strict=True):
-        exact = layer.merged_rows(w, part, names)
+        exact, w = layer.merged_rows(w, part, names), layer.original_rows(w, part)
         for i, t in enumerate((w, exact - w, after - exact)):
             squares[i] += float(t.double().square().sum())
         unmoved += int((after == w).sum())

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastweights.quantization.samples import Sample
+
 __all__ = ["Adapter", "AdapterLayer", "adapter_configs", "adapter_layers", "adapter_names"]
 
 
@@ -54,8 +56,24 @@ class Adapter(ABC):
                 f"got {self.modules_to_save!r}"
             )
 
+    def survey(
+        self, model: nn.Module, paths: Sequence[str], samples: Sequence[Sample]
+    ) -> Iterator[tuple[str, Any]]:
+        """What has to be known of modules before they are adapted; each is, when it is its turn.
+
+        Args:
+            model: bare, with the modules before adapted already.
+            paths: of the modules.
+            samples: to run through the model; none unless the user gave some.
+
+        Yields:
+            Every path, and what `build` gets as `known`.
+        """
+        for path in paths:
+            yield path, None
+
     @abstractmethod
-    def build(self, module: nn.Module, path: str, name: str) -> AdapterLayer:
+    def build(self, module: nn.Module, path: str, name: str, known: Any) -> AdapterLayer:
         """Puts this adapter on a module.
 
         Args:
@@ -63,6 +81,7 @@ class Adapter(ABC):
                 one for another adapter.
             path: its path, for patterns.
             name: of the adapter.
+            known: from `survey`.
 
         Returns:
             The layer to put in the place of `module`, or `module` itself.
@@ -87,6 +106,7 @@ class AdapterLayer(nn.Module):
     """
 
     wrapped = "base_layer"  # where a method keeps the base, as PEFT calls it
+    untrained: tuple[str, ...] = ()  # dictionaries of adapters' parameters that stay as they are
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -124,7 +144,9 @@ class AdapterLayer(nn.Module):
 
     def own_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """What an adapter trains in this layer."""
-        for module in self.children():
+        for part, module in self.named_children():
+            if part in self.untrained:
+                continue
             if isinstance(module, nn.ParameterDict) and name in module:
                 yield module[name]
             elif isinstance(module, nn.ModuleDict) and name in module:
@@ -175,6 +197,11 @@ class AdapterLayer(nn.Module):
             setattr(self, self.wrapped, self.put_aside.pop())
         self.merged = ()
         self.refresh()
+
+    def original(self) -> nn.Module:
+        """The base as it was before any adapter."""
+        base: nn.Module = getattr(self, self.wrapped)
+        return base
 
     def bare(self) -> nn.Module:
         """What computes a call that meets no adapter."""
