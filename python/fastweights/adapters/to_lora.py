@@ -48,8 +48,8 @@ def to_lora(model: nn.Module, name: str) -> None:
         raise ValueError(f"to_lora: expected an adapter that changed the base, got {name!r}")
     if old.dora:
         raise ValueError(f"to_lora: expected an adapter without DoRA, got {name!r}")
-    for layer in changed:
-        layer.float_base()
+    for linear in changed:
+        linear.float_base()
     kept = {f.name: getattr(old, f.name) for f in fields(LoRA)}
     alpha = old.rank if old.alpha is None else old.alpha
     times = 2**0.5 if old.rslora else 2.0
@@ -64,12 +64,12 @@ def to_lora(model: nn.Module, name: str) -> None:
     )
     for layer in layers:
         layer.configs[name] = config
-    for layer in changed:
+    for linear in changed:
         for parts, initial, axis in (
-            (layer.lora_A, layer.initial_A, 0),
-            (layer.lora_B, layer.initial_B, 1),
+            (linear.lora_A, linear.initial_A, 0),
+            (linear.lora_B, linear.initial_B, 1),
         ):
             first = initial[name] if axis == 0 else -initial[name]
             trained = parts[name].requires_grad
             parts[name] = nn.Parameter(torch.cat([parts[name], first], axis), trained)
-        layer.give_back(name)
+        linear.give_back(name)
