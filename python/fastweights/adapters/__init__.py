@@ -11,6 +11,7 @@ from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.lora_plus import lora_plus_groups
 from fastweights.adapters.merge import merge, unmerge
 from fastweights.adapters.merge_report import merge_report
+from fastweights.adapters.norms import lora_norm_report
 from fastweights.adapters.pissa import PiSSA
 from fastweights.adapters.protocol import (
     Adapter,
@@ -20,9 +21,11 @@ from fastweights.adapters.protocol import (
     adapter_names,
 )
 from fastweights.adapters.saved import SavedModule
+from fastweights.adapters.ssf import SSF, SSFLayer, push_shift
 from fastweights.adapters.to_lora import to_lora
 
 __all__ = [
+    "SSF",
     "Adapter",
     "AdapterLayer",
     "CorDA",
@@ -31,6 +34,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "PiSSA",
+    "SSFLayer",
     "SavedModule",
     "activate",
     "adapt",
@@ -39,10 +43,12 @@ __all__ = [
     "adapter_names",
     "combine",
     "disabled",
+    "lora_norm_report",
     "lora_plus_groups",
     "merge",
     "merge_report",
     "per_sample",
+    "push_shift",
     "remove",
     "to_lora",
     "unmerge",

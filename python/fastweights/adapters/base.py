@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fastweights.ops.quantization.functional import dequantize_rows
+from fastweights.ops.quantization.functional import dequantize_rows, quantize
 from fastweights.ops.quantization.layers import QuantizedLinear
 from fastweights.ops.quantization.tensor import QuantizedTensor
 
@@ -23,10 +23,13 @@ __all__ = [
     "changed",
     "device_of",
     "dtype_of",
+    "fresh",
     "is_conv1d",
     "is_linear",
     "matrix_of",
     "order_of",
+    "refuse_codes",
+    "replaced",
     "row_tiles",
     "sizes",
 ]
@@ -83,7 +86,7 @@ def matrix_of(module: nn.Module) -> Tensor | QuantizedTensor:
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """Of the weight; of a quantized one, what it is computed in."""
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
 
@@ -100,8 +103,9 @@ def order_of(module: nn.Module) -> Tensor | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Of the first parameter or buffer."""
-    return next(chain(module.parameters(), module.buffers())).device
+    """Of the first parameter or buffer; a module may have none."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def row_tiles(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -121,6 +125,33 @@ def row_tiles(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[slice, Te
             tile = dequantize_rows(weight, index, torch.float32).to(dtype)
             order = order_of(module)
             yield part, tile if order is None else tile[:, order.argsort()]
+
+
+def fresh(module: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    """An empty tensor on a module's device, of the dtype that its adapters have."""
+    base = dtype_of(module)
+    chosen = dtype or (base if base == torch.float64 else torch.float32)
+    return torch.empty(0, dtype=chosen, device=device_of(module))
+
+
+def replaced(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer like another one with another float weight and bias; codes are found anew."""
+    if not isinstance(module, QuantizedLinear):
+        return changed(module, weight=weight, **({} if bias is None else {"bias": bias}))
+    columns = weight if module.order is None else weight[:, module.order]
+    packed = quantize(
+        columns, module.format, group_size=module.group_size, activation=module.activation
+    )
+    return QuantizedLinear(packed, bias, module.order).train(module.training)
+
+
+def refuse_codes(module: nn.Module, quantized: bool) -> None:
+    """Codes are not rounded again unasked."""
+    if isinstance(module, QuantizedLinear) and not quantized:
+        raise ValueError(
+            f"merge: expected quantized=True to round {module.format} weights again, "
+            "which loses of the update what the format cannot hold"
+        )
 
 
 def changed(module: nn.Module, **parameters: Tensor | None) -> nn.Module:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastweights.adapters.base import as_matrix, bias_of, changed, device_of, dtype_of, row_tiles
+from fastweights.adapters.base import (
+    as_matrix,
+    bias_of,
+    device_of,
+    dtype_of,
+    fresh,
+    replaced,
+    row_tiles,
+)
 from fastweights.adapters.protocol import AdapterLayer
 from fastweights.adapters.rounding import rounded, wide_dtype
 from fastweights.adapters.rules import pattern_value
@@ -66,7 +74,7 @@ class LoRALayer(AdapterLayer):
         rank = pattern_value(path, config.rank_pattern, config.rank)
         alpha = pattern_value(path, config.alpha_pattern, config.alpha)
         alpha = config.rank if alpha is None else alpha
-        like = self._like(config.dtype)
+        like = fresh(self.base_layer, config.dtype)
         a, b = self.shapes(rank)
         getattr(self, self.down)[name] = nn.Parameter(like.new_zeros(a))
         getattr(self, self.up)[name] = nn.Parameter(like.new_zeros(b))
@@ -163,21 +171,7 @@ class LoRALayer(AdapterLayer):
             if name in getattr(self, "lora_bias", ()):
                 own = self.lora_bias[name].double() * self._scaling[name]
                 bias = own if bias is None else bias.double() + own
-        return self.keep(weight, bias if bias is None else bias.detach().to(chosen))
-
-    def keep(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """A layer like the base with another weight and bias."""
-        parameters = {"weight": weight} | ({} if bias is None else {"bias": bias})
-        return changed(self.base_layer, **parameters)
-
-    def check_merge(self, names: tuple[str, ...], quantized: bool) -> None:
-        """A broken adapter must not reach the base."""
-        for name in names:
-            own = self.own_parameters(name) if name in self.configs else ()
-            if not all(p.isfinite().all() for p in own):
-                raise ValueError(
-                    f"merge: expected finite adapters, got NaN or infinity in {name!r}"
-                )
+        return replaced(base, weight, bias if bias is None else bias.detach().to(chosen))
 
     def dropout(self) -> tuple[float, Tensor | None]:
         """The probability for this call, and a seed nobody had before."""
@@ -204,13 +198,6 @@ class LoRALayer(AdapterLayer):
         values = [self._scaling[name] for name in self.used]
         device = device_of(self.base_layer)
         self.scale = torch.tensor(values, dtype=torch.float64, device=device)
-
-    def _like(self, dtype: torch.dtype | None) -> Tensor:
-        """An empty tensor on the base's device, of the dtype that A and B have."""
-        base = dtype_of(self.base_layer)
-        chosen = dtype or (base if base == torch.float64 else torch.float32)
-        device = device_of(self.base_layer)
-        return torch.empty(0, dtype=chosen, device=device)
 
     def extra_repr(self) -> str:
         """Adapters with their ranks and scales."""

@@ -21,7 +21,6 @@ from fastweights.adapters.base import (
 from fastweights.adapters.lora_layer import LoRALayer
 from fastweights.adapters.rounding import wide_dtype
 from fastweights.ops.lora.functional import lora_linear
-from fastweights.ops.quantization.functional import quantize
 from fastweights.ops.quantization.layers import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -227,23 +226,3 @@ class LoRALinear(LoRALayer):
                 "per_sample: expected adapters that leave the base as it is, got "
                 f"{next(iter(self.initial_A))!r}; use fastweights.adapters.to_lora first"
             )
-
-    def check_merge(self, names: tuple[str, ...], quantized: bool) -> None:
-        """Codes are not rounded again unasked."""
-        super().check_merge(names, quantized)
-        if isinstance(self.base_layer, QuantizedLinear) and not quantized:
-            raise ValueError(
-                f"merge: expected quantized=True to round {self.base_layer.format} weights again, "
-                "which loses of the update what the format cannot hold"
-            )
-
-    def keep(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
-        """As `LoRALayer.keep`; codes are found anew."""
-        base = self.base_layer
-        if not isinstance(base, QuantizedLinear):
-            return super().keep(matrix, bias)
-        columns = matrix if base.order is None else matrix[:, base.order]
-        weight = quantize(
-            columns, base.format, group_size=base.group_size, activation=base.activation
-        )
-        return QuantizedLinear(weight, bias, base.order).train(base.training)

@@ -15,6 +15,7 @@ from fastweights.adapters.lora_layer import LoRALayer
 from fastweights.adapters.protocol import AdapterLayer
 from fastweights.adapters.rounding import wide_dtype
 from fastweights.adapters.rules import paths
+from fastweights.adapters.tables import table
 from fastweights.ops.quantization.layers import QuantizedLinear
 
 __all__ = ["MergeLoss", "MergeReport", "merge_report"]
@@ -58,14 +59,12 @@ class MergeReport:
         return len(self.layers)
 
     def __str__(self) -> str:
-        width = max(len("layer"), *(len(loss.path) for loss in self.layers))
-        heads = ("kept as", "size", "predicted", "measured", "unmoved")
-        lines = [f"{'layer':{width}}" + "".join(f"{head:>11}" for head in heads)]
+        heads = ("layer", "kept as", "size", "predicted", "measured", "unmoved")
+        rows = []
         for loss in self.layers:
             shares = (loss.size, loss.predicted, loss.measured, loss.unmoved)
-            columns = "".join(f"{100 * x:10.2g}%" for x in shares)
-            lines.append(f"{loss.path:{width}}{loss.format:>11}{columns}")
-        return "\n".join(lines)
+            rows.append((loss.path, loss.format, *(f"{100 * x:.2g}%" for x in shares)))
+        return table(heads, rows)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastweights.adapters.base import is_linear, refuse_codes
 from fastweights.quantization.samples import Sample
 
 __all__ = ["Adapter", "AdapterLayer", "adapter_configs", "adapter_layers", "adapter_names"]
@@ -55,6 +56,14 @@ class Adapter(ABC):
                 f"{type(self).__name__}: expected modules_to_save to be a sequence of names, "
                 f"got {self.modules_to_save!r}"
             )
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether "all-linear" means a module."""
+        return is_linear(module)
+
+    def adds(self, module: nn.Module) -> bool:
+        """Whether a module is adapted though `targets` does not name it."""
+        return False
 
     def survey(
         self, model: nn.Module, paths: Sequence[str], samples: Sequence[Sample]
@@ -175,7 +184,16 @@ class AdapterLayer(nn.Module):
         """Raises where an adapter cannot be chosen by sample."""
 
     def check_merge(self, names: tuple[str, ...], quantized: bool) -> None:
-        """Raises where adapters cannot be merged; `quantized` allows it over codes."""
+        """Raises where adapters cannot be merged: a broken one must not reach the base.
+
+        `quantized` allows to round codes again.
+        """
+        here = [name for name in names if name in self.configs]
+        if here:
+            refuse_codes(getattr(self, self.wrapped), quantized)
+        for name in here:
+            if not all(p.isfinite().all() for p in self.own_parameters(name)):
+                raise ValueError(f"merge: expected finite adapters, got NaN or inf in {name!r}")
 
     def merged_layer(
         self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastweights.adapters.base import is_linear
 from fastweights.adapters.protocol import Adapter, AdapterLayer
 
 __all__ = ["is_selected", "paths", "pattern_value", "saved_paths", "selected_paths"]
@@ -52,7 +51,12 @@ def selected_paths(model: nn.Module, adapter: Adapter) -> list[str]:
         ValueError: there are none.
     """
     targets = _targets(model, adapter)
-    found = [p for p, _ in paths(model) if is_selected(p, adapter, targets)]
+    added = [p for p, m in paths(model) if adapter.adds(_base(m))]
+    found = [
+        p
+        for p, _ in paths(model)
+        if is_selected(p, adapter, targets) or is_selected(p, adapter, added)
+    ]
     if not found:
         raise ValueError(
             f"adapt: expected targets={adapter.targets!r} to name modules of "
@@ -141,7 +145,7 @@ def _targets(model: nn.Module, adapter: Adapter) -> str | Sequence[str]:
         return _CUSTOMARY[kind]
     if isinstance(adapter.targets, str) and adapter.targets.lower() == "all-linear":
         head = _output(model)
-        return [p for p, m in paths(model) if is_linear(_base(m)) and m is not head]
+        return [p for p, m in paths(model) if adapter.covers(_base(m)) and m is not head]
     return adapter.targets
 
 

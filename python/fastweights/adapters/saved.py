@@ -64,6 +64,10 @@ class SavedModule(AdapterLayer):
     def _module(self, name: str | None) -> nn.Module:
         return self.original_module if name is None else self.modules_to_save[name]
 
+    def check_merge(self, names: tuple[str, ...], quantized: bool) -> None:
+        """A module that takes the place of codes rounds none."""
+        super().check_merge(names, True)
+
     def merged_layer(
         self, names: tuple[str, ...], dtype: torch.dtype | None, rounding: str
     ) -> nn.Module:
