@@ -72,9 +72,11 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
     Embeddings are matrices that meet one-hot rows; convolutions meet patches.
     """
-    return (
-        weight.t() if is_conv1d(module) or isinstance(module, nn.Embedding) else weight.flatten(1)
-    )
+    if isinstance(module, nn.Linear):
+        return weight
+    if is_conv1d(module) or isinstance(module, nn.Embedding):
+        return weight.t()
+    return weight.flatten(1)
 
 
 def matrix_of(module: nn.Module) -> Tensor | QuantizedTensor:

@@ -59,6 +59,8 @@ class LoRALinear(LoRALayer):
         self.initial_A, self.initial_B = nn.ParameterDict(), nn.ParameterDict()
         self._initial_scaling: dict[str, float] = {}
         self.withheld: tuple[str, ...] = ()
+        self._turned: tuple[str, ...] = ()
+        self._biased: tuple[str, ...] = ()
         self.in_features, self.out_features = sizes(base_layer)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -70,8 +72,7 @@ class LoRALinear(LoRALayer):
         if not self.used:
             y: Tensor = self.bare()(x)
         else:
-            turned = [name for name in self.used if name in self.lora_magnitude_vector]
-            y = self._turned(x, turned) if turned else self._sum(x, self.used, self.scale)
+            y = self._with_dora(x) if self._turned else self._sum(x, self.used, self.scale)
         for name in self.withheld:
             a, b = self._initial(name, self.initial_A[name].dtype)
             y = y + F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
@@ -79,44 +80,47 @@ class LoRALinear(LoRALayer):
 
     def _sum(self, x: Tensor, names: Sequence[str], scale: Tensor, bias: bool = True) -> Tensor:
         """The base with the updates of some adapters."""
-        base = self.base_layer
-        lora_a = [self.lora_A[name] for name in names]
-        lora_b = [self.lora_B[name] for name in names]
+        base, downs, ups = self.base_layer, self.lora_A, self.lora_B
+        lora_a = [downs[name] for name in names]
+        lora_b = [ups[name] for name in names]
         order = order_of(base)
         if order is not None:  # the columns of such a weight meet x in another order
             x = x.index_select(-1, order)
             lora_a = [a.index_select(1, order) for a in lora_a]
         dropout, seed = self.dropout()
-        b = self._bias(x, names, scale) if bias else None
+        b = self._bias(base, x, names, scale) if bias else None
         y = lora_linear(
             x, matrix_of(base), b, lora_a, lora_b, scale,
             indices=self.rows, dropout=dropout, seed=seed,
         )  # fmt: skip
         return y if self.rows is None else self._biased_rows(y, names)
 
-    def _bias(self, x: Tensor, names: Sequence[str], scale: Tensor) -> Tensor | None:
-        bias = bias_of(self.base_layer)
-        if self.rows is not None or not self.lora_bias:
+    def _bias(
+        self, base: nn.Module, x: Tensor, names: Sequence[str], scale: Tensor
+    ) -> Tensor | None:
+        bias = bias_of(base)
+        if self.rows is not None or not self._biased:
             return bias
         for name, s in zip(names, scale, strict=True):
-            if name in self.lora_bias:
+            if name in self._biased:
                 own = s.to(self.lora_bias[name].dtype) * self.lora_bias[name]
                 bias = own if bias is None else bias + own
         return bias if bias is None else bias.to(x.dtype)
 
     def _biased_rows(self, y: Tensor, names: Sequence[str]) -> Tensor:
         """Adds every sample its adapter's bias."""
-        if self.rows is None or not any(name in self.lora_bias for name in names):
+        if self.rows is None or not self._biased:
             return y
         table = y.new_zeros(len(names) + 1, self.out_features)  # the last row is for -1
         for i, name in enumerate(names):
-            if name in self.lora_bias:
+            if name in self._biased:
                 table[i] = self.lora_bias[name] * self._scaling[name]
         shape = (*self.rows.shape, *[1] * (y.dim() - 1 - self.rows.dim()), self.out_features)
         return y + table[self.rows].view(shape)
 
-    def _turned(self, x: Tensor, turned: list[str]) -> Tensor:
-        """With DoRA: every such adapter adds m / n · (x Wᵀ + s u Bᵀ) - x Wᵀ."""
+    def _with_dora(self, x: Tensor) -> Tensor:
+        """Every adapter with DoRA adds m / n · (x Wᵀ + s u Bᵀ) - x Wᵀ."""
+        turned = self._turned
         plain = [name for name in self.used if name not in turned]
         scale = dict(zip(self.used, self.scale.split(1), strict=True))
         y = None
@@ -215,6 +219,9 @@ class LoRALinear(LoRALayer):
     def refresh(self) -> None:
         """Finds out what has to be added to y."""
         super().refresh()
+        # A call looks at nothing that it can be told before.
+        self._turned = tuple(name for name in self.used if name in self.lora_magnitude_vector)
+        self._biased = tuple(name for name in self.used if name in self.lora_bias)
         taken = () if self.merged and self.enabled else tuple(self.initial_A)
         self.withheld = tuple(name for name in taken if name not in self.used)
 
