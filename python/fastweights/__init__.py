@@ -6,6 +6,7 @@ from fastweights import nn as nn
 from fastweights import optim as optim
 from fastweights import reference as reference
 from fastweights._config import show_config
+from fastweights.adapters.inject import adapt
 from fastweights.conversion import (
     linearize,
     load,
@@ -33,6 +34,7 @@ from fastweights.quantization import quantize_
 __all__ = [
     "HybridState",
     "QuantizedTensor",
+    "adapt",
     "causal_conv1d",
     "causal_conv1d_update",
     "delta_rule",

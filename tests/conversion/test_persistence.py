@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastweights as fw
+from fastweights.adapters import LoRA
 from fastweights.nn import QuantizedLinear
 
 from .conftest import random_tokens, shake, tiny
@@ -90,10 +91,8 @@ def test_a_softmax_model_is_loaded_as_it_is(tmp_path, tokenizer):
 
 
 def test_trained_adapters_must_be_merged_first(tmp_path, tokenizer):
-    from fastweights.adapters import add_lora
-
     model = fw.linearize(tiny(), feature_dim=6)
-    add_lora(model, ("q_proj",))
+    fw.adapt(model, LoRA(targets=["q_proj"]))
     with pytest.raises(ValueError, match="save: expected merged adapters"):
         fw.save(model, tokenizer, tmp_path)
 

@@ -1,116 +1,115 @@
-"""Low-rank adapters on linear layers (LoRA, 2021)."""
+"""LoRA: low-rank updates of frozen layers, and the variants that share its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+from fastweights.adapters.base import is_linear
+from fastweights.adapters.lora_conv import LoRAConv, is_convolution
+from fastweights.adapters.lora_embedding import LoRAEmbedding, is_embedding
+from fastweights.adapters.lora_layer import LoRALayer
+from fastweights.adapters.lora_linear import LoRALinear
+from fastweights.adapters.protocol import Adapter, AdapterLayer
+
+__all__ = ["LoRA"]
+
+_INITS = ("kaiming", "gaussian", "random")
+_BIASES = ("none", "all", "lora_only")
 
 
-class LoRALinear(nn.Module):
-    """y = x Wᵀ + b + (alpha / rank) · (x Aᵀ) Bᵀ with W and b frozen (LoRA, eq. 3).
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Adapter):
+    r"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-    B starts at zero, so the layer starts out bit for bit as `base`.
+    .. math::
+        y = x W^T + b + s \, (\mathrm{drop}(x) A^T) B^T, \qquad s = \alpha / r
 
-    Args:
-        base: the linear layer; its parameters stop requiring gradients.
-        rank: rows r of A and columns of B.
-        alpha: numerator of the scale; the update grows with alpha / rank.
-
-    Attributes:
-        lora_a: `[r, in_features]`, U(−1/√in, 1/√in) (Kaiming with a = √5).
-        lora_b: `[out_features, r]`, zeros.
-        enabled: False leaves out the update.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 16.0) -> None:
-        super().__init__()
-        if rank < 1:
-            raise ValueError(f"LoRALinear: expected rank >= 1, got {rank}")
-        self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.enabled = rank, alpha, True
-        weight = base.weight
-        self.lora_a = nn.Parameter(weight.new_empty(rank, base.in_features))
-        self.lora_b = nn.Parameter(weight.new_zeros(base.out_features, rank))
-        nn.init.uniform_(self.lora_a, -(base.in_features**-0.5), base.in_features**-0.5)
-
-    @property
-    def scale(self) -> float:
-        """Alpha / rank."""
-        return self.alpha / self.rank
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
-        y: Tensor = self.base(x)
-        if not self.enabled:
-            return y
-        return y + F.linear(F.linear(x, self.lora_a), self.lora_b * self.scale)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The base layer with W + scale · BA as its weight (W is changed in place)."""
-        update = self.scale * (self.lora_b.double() @ self.lora_a.double())
-        self.base.weight.copy_(self.base.weight.double() + update)
-        return self.base
-
-    def extra_repr(self) -> str:
-        """Rank and scale."""
-        return f"rank={self.rank}, alpha={self.alpha}"
-
-
-def add_lora(
-    model: nn.Module, targets: tuple[str, ...], *, rank: int = 8, alpha: float = 16.0
-) -> list[LoRALinear]:
-    """Puts a `LoRALinear` over every `nn.Linear` whose last name is in `targets`, in place.
+    with W and b frozen, A ``[r, in_features]`` and B ``[out_features, r]``. B starts at zero: a
+    fresh adapter changes no bit.
 
     Args:
-        model: any module.
-        targets: attribute names such as `("q_proj", "v_proj")`.
-        rank: see `LoRALinear`.
-        alpha: see `LoRALinear`.
-
-    Returns:
-        The new layers, in module order.
+        targets: see `Adapter`, as are exclude, layers, layers_pattern and modules_to_save.
+        rank: r.
+        alpha: the numerator of s; None means `rank`.
+        dropout: probability that an element of x is left out of the update, in training.
+        rank_pattern: ranks of particular modules: a regular expression that matches the end of
+            their path, and the rank. The first that matches counts.
+        alpha_pattern: the same for alpha.
+        rslora: s = alpha / sqrt(r) (rank-stabilised, Kalajdzievski 2023, arXiv:2312.03732).
+        dora: learn the norm of every row beside its direction (DoRA, Liu et al. 2024,
+            arXiv:2402.09353, eq. 5): y = m / n · (x Wᵀ + s u Bᵀ) + b, n = ‖W + s B A‖ by rows,
+            without a gradient.
+        bias: "none"; "lora_only": train the biases of adapted layers; "all": train every bias. They
+            are the model's own, so at most one adapter may.
+        lora_bias: a bias beside B, s times which is added to y.
+        init: "kaiming": A uniform within ±1 / sqrt(in_features), B zero; "gaussian": A normal with
+            deviation 1 / r, B zero; "random": neither zero.
+        dtype: of A and B; None means float32, or float64 over a float64 layer. The products are
+            those of `fastweights.lora_linear`, which takes any dtype beside any other.
 
     Raises:
-        ValueError: no such layer exists.
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch, fastweights as fw
+        >>> from fastweights.adapters import LoRA
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+        >>> model = fw.adapt(model, LoRA(rank=4))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        896
     """
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if name in targets and isinstance(child, nn.Linear)
-    ]
-    if not found:
-        raise ValueError(f"add_lora: expected linear layers named {', '.join(targets)}, found none")
-    layers = []
-    for parent, name, child in found:
-        layer = LoRALinear(child, rank, alpha).train(child.training)
-        setattr(parent, name, layer)
-        layers.append(layer)
-    return layers
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    init: str = "kaiming"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ValueError(f"{name}: expected rank >= 1, got {rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{name}: expected 0 <= dropout < 1, got {self.dropout}")
+        if self.bias not in _BIASES:
+            raise ValueError(f"{name}: expected bias in {_BIASES}, got {self.bias!r}")
+        if self.init not in _INITS:
+            raise ValueError(f"{name}: expected init in {_INITS}, got {self.init!r}")
+        if self.dora and self.lora_bias:
+            raise ValueError(f"{name}: expected dora or lora_bias, got both")
+
+    def build(self, module: nn.Module, path: str, name: str, known: Any = None) -> AdapterLayer:
+        """See `Adapter.build`."""
+        layer = module if isinstance(module, LoRALayer) else _layer_for(module, path)
+        layer.add(name, self, path, known)
+        return layer
+
+    def initialize(self, layer: LoRALayer, name: str, known: Any) -> None:
+        """Gives a layer's new adapter its first values; `known` is what the survey found."""
+        layer.reset(name, self.init)
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Replaces every `LoRALinear` of `model` by its merged base layer, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merged())
-
-
-@contextmanager
-def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context every `LoRALinear` of `model` computes its base layer only."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+def _layer_for(module: nn.Module, path: str) -> LoRALayer:
+    if is_linear(module):
+        return LoRALinear(module)
+    if is_embedding(module):
+        return LoRAEmbedding(module)
+    if is_convolution(module):
+        return LoRAConv(module)
+    raise TypeError(
+        f"LoRA: expected {path} to be nn.Linear, Conv1D of transformers, QuantizedLinear, "
+        f"nn.Embedding without max_norm, or a convolution, got {type(module).__name__}"
+    )

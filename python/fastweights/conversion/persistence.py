@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastweights.adapters.lora import LoRALinear
+from fastweights.adapters.protocol import adapter_layers
 from fastweights.conversion.checkpoints import load_checkpoint
 from fastweights.conversion.files import check_tensors, first_line, read_json, read_tensors
 from fastweights.conversion.linearize import convert
@@ -35,13 +35,14 @@ def save(model: Any, tokenizer: Any, path: str | Path) -> None:
         path: the folder; created if it does not exist.
 
     Raises:
-        ValueError: LoRA is not merged.
+        ValueError: the model has adapters.
     """
     from fastweights.conversion.quantized import describe_quantized
 
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    if layer := next(adapter_layers(model), None):
         raise ValueError(
-            "save: expected merged adapters (fastweights.adapters.merge_lora), got LoRALinear"
+            "save: expected merged adapters (fastweights.adapters.merge), got "
+            f"{type(layer).__name__}"
         )
     folder = Path(path)
     if quantized := describe_quantized(model):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastweights.adapters.lora import LoRALinear, add_lora, merge_lora
+from fastweights import adapters
+from fastweights.adapters import LoRA, adapt, adapter_layers, adapter_names
 from fastweights.conversion.attention import LinearizedAttention
 from fastweights.conversion.transfer import decoder, frozen, original_attention
 from fastweights.training import TrainingLog, train
@@ -57,7 +58,7 @@ def recover(
         distill: share of the loss that is the cross-entropy with the original model's distribution
             instead of the next token. The original is the model itself with its softmax attention
             and without LoRA: no second model.
-        merge: put the adapters into the weights afterwards; otherwise `LoRALinear`s stay.
+        merge: put the adapters into the weights afterwards; otherwise they stay on the model.
         seed: of the initial LoRA weights and the choice of sequences.
         checkpoint: file to resume from and to write, see `fastweights.training.train`.
         precision: "auto", "float32" or "bfloat16", see `fastweights.training.train`.
@@ -68,16 +69,22 @@ def recover(
         `interrupted` set.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or `merge` over quantized weights.
     """
     if not 0 <= distill <= 1:
         raise ValueError(f"recover: expected 0 <= distill <= 1, got {distill}")
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if not adapters:
-        with torch.random.fork_rng(devices=[]):
+    if not adapter_names(model):
+        lora = LoRA(rank=rank, alpha=alpha, targets=_TARGETS)
+        with torch.random.fork_rng(devices=[]), frozen(model):
             torch.manual_seed(seed)
-            adapters = add_lora(model, _TARGETS, rank=rank, alpha=alpha)
-    trained = {id(p) for layer in adapters for p in (layer.lora_a, layer.lora_b)}
+            adapt(model, lora)
+    layers = list(adapter_layers(model))
+    if merge:
+        for layer in layers:
+            layer.check_merge(layer.active, quantized=False)
+    trained = {
+        id(p) for layer in layers for name in layer.active for p in layer.own_parameters(name)
+    }
     for module in model.modules():
         if isinstance(module, LinearizedAttention):
             trained.update(map(id, module.own_parameters()))
@@ -103,7 +110,7 @@ def recover(
             checkpoint=checkpoint, precision=precision, name="recover", progress=progress,
         )  # fmt: skip
     if merge:
-        merge_lora(model)
+        adapters.merge(model)
     return log
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastweights.adapters.lora import lora_disabled
+from fastweights.adapters.activate import disabled
 from fastweights.conversion.attention import linearized_layers
 from fastweights.training import TrainingLog, train
 
@@ -101,7 +101,7 @@ def original_attention(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.original = True
     try:
-        with lora_disabled(model):
+        with disabled(model):
             yield
     finally:
         for layer in layers:

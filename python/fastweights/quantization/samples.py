@@ -38,7 +38,9 @@ class Sample:
         return model(*self.args, **options)
 
 
-def read_samples(calibration: Any, tokenizer: Any = None) -> list[Sample]:
+def read_samples(
+    calibration: Any, tokenizer: Any = None, function: str = "quantize_"
+) -> list[Sample]:
     """Samples from all that a user may hold.
 
     Args:
@@ -47,6 +49,7 @@ def read_samples(calibration: Any, tokenizer: Any = None) -> list[Sample]:
             512 tokens; or batches, such as a DataLoader: a tensor, a tuple of positional or a
             mapping of keyword arguments each.
         tokenizer: of Hugging Face, for texts.
+        function: that errors name.
 
     Raises:
         ValueError: nothing, or texts without a tokenizer.
@@ -57,7 +60,7 @@ def read_samples(calibration: Any, tokenizer: Any = None) -> list[Sample]:
     if isinstance(calibration, Tensor):
         if calibration.dim() < 2:
             raise ValueError(
-                "quantize_: expected calibration of shape [samples, ...], "
+                f"{function}: expected calibration of shape [samples, ...], "
                 f"got {list(calibration.shape)}"
             )
         batches: list[Any] = list(calibration.split(1))
@@ -65,14 +68,14 @@ def read_samples(calibration: Any, tokenizer: Any = None) -> list[Sample]:
         batches = list(calibration)
     else:
         raise TypeError(
-            "quantize_: expected calibration to be a tensor, texts or batches, "
+            f"{function}: expected calibration to be a tensor, texts or batches, "
             f"got {type(calibration).__name__}"
         )
     if batches and all(isinstance(batch, str) for batch in batches):
-        batches = list(_sequences(batches, tokenizer).split(1))
-    samples = [_sample(batch) for batch in batches]
+        batches = list(_sequences(batches, tokenizer, function).split(1))
+    samples = [_sample(batch, function) for batch in batches]
     if not any(t.numel() for sample in samples for t in _tensors(sample)):
-        raise ValueError("quantize_: expected calibration with at least one sample, got none")
+        raise ValueError(f"{function}: expected calibration with at least one sample, got none")
     return samples
 
 
@@ -97,18 +100,18 @@ def _tensors(sample: Sample) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _sequences(texts: list[str], tokenizer: Any) -> Tensor:
+def _sequences(texts: list[str], tokenizer: Any, function: str) -> Tensor:
     if tokenizer is None:
-        raise ValueError("quantize_: expected a tokenizer with texts as calibration, got None")
+        raise ValueError(f"{function}: expected a tokenizer with texts as calibration, got None")
     tokens = pack(tokenizer, texts)
     if not len(tokens):
-        raise ValueError("quantize_: expected calibration with text, got none")
+        raise ValueError(f"{function}: expected calibration with text, got none")
     length = min(_LENGTH, len(tokens))
     count = min(_SEQUENCES, len(tokens) // length)
     return tokens[: count * length].reshape(count, length)
 
 
-def _sample(batch: Any) -> Sample:
+def _sample(batch: Any, function: str) -> Sample:
     if isinstance(batch, Tensor):
         return Sample((batch,), {})
     if isinstance(batch, Mapping):
@@ -116,6 +119,6 @@ def _sample(batch: Any) -> Sample:
     if isinstance(batch, (tuple, list)):
         return Sample(tuple(batch), {})
     raise TypeError(
-        "quantize_: expected every batch of calibration to be a tensor, a tuple or a mapping, "
+        f"{function}: expected every batch of calibration to be a tensor, a tuple or a mapping, "
         f"got {type(batch).__name__}"
     )
