@@ -1,0 +1,9 @@
+"""The notebook of this family, which asserts what it shows."""
+
+from run_notebook import run_notebook
+
+
+def test_the_error_of_low_rank_follows_the_bound_of_the_logits() -> None:
+    names = run_notebook("adapters_logit_bound.ipynb")
+    assert names["errors"][2][-1] > 0.3
+    assert names["errors"][16][0] < 1e-12
