@@ -56,12 +56,12 @@ inline Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) 
 
 inline std::vector<double> numbers_of(const Tensor& t) {
   std::vector<double> numbers;
-  const bool plain = t.scalar_type() == ScalarType::Float;  // the usual one, without a call into torch
-  const Tensor owner = plain ? t : torch::stable::contiguous(in_dtype(t, ScalarType::Double));
-  const int64_t step = plain && t.numel() > 1 ? t.stride(0) : 1;
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    numbers.push_back(plain ? double(static_cast<const float*>(t.const_data_ptr())[i * step])
-                            : static_cast<const double*>(owner.const_data_ptr())[i]);
+  const bool single = t.scalar_type() == ScalarType::Float;  // the usual ones, without a call into torch
+  const Tensor owner = single ? t : in_dtype(t, ScalarType::Double);
+  const int64_t step = owner.numel() > 1 ? owner.stride(0) : 1;
+  for (int64_t i = 0; i < owner.numel(); ++i) {
+    numbers.push_back(single ? double(static_cast<const float*>(owner.const_data_ptr())[i * step])
+                             : static_cast<const double*>(owner.const_data_ptr())[i * step]);
   }
   return numbers;
 }

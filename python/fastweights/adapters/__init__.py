@@ -21,6 +21,7 @@ from fastweights.adapters.protocol import (
     adapter_names,
 )
 from fastweights.adapters.saved import SavedModule
+from fastweights.adapters.shared_input import together
 from fastweights.adapters.ssf import SSF, SSFLayer, push_shift
 from fastweights.adapters.to_lora import to_lora
 
@@ -51,5 +52,6 @@ __all__ = [
     "push_shift",
     "remove",
     "to_lora",
+    "together",
     "unmerge",
 ]

@@ -78,6 +78,12 @@ class LoRALinear(LoRALayer):
             y = y + F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
         return y
 
+    def adds_only_updates(self) -> bool:
+        """Whether a call is the base and plain low-rank updates of every row, without dropout."""
+        if not self.used or self._turned or self._biased or self.withheld or self.rows is not None:
+            return False
+        return not self.training or all(self.configs[name].dropout == 0 for name in self.used)
+
     def _sum(self, x: Tensor, names: Sequence[str], scale: Tensor, bias: bool = True) -> Tensor:
         """The base with the updates of some adapters."""
         base, downs, ups = self.base_layer, self.lora_A, self.lora_B

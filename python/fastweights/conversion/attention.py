@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastweights.adapters.shared_input import together
 from fastweights.conversion.features import HedgehogFeatures
 from fastweights.conversion.recipes import Recipe
 from fastweights.ops.attention.functional import hybrid_attention, hybrid_attention_step
@@ -157,7 +158,8 @@ class LinearizedAttention(nn.Module):
     def project(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Projections:
         """Queries, keys and values of `hidden` `[B, T, D]`; cos and sin are `[B or 1, T, K]`."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(hidden).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = together((self.q_proj, self.k_proj, self.v_proj), hidden)
+        q, k, v = (x.view(shape) for x in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (x[:, :, None] for x in position_embeddings)
