@@ -235,8 +235,9 @@ def adapted_of(options):
     return adapted(**options)
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_modules_compile_without_a_break(options):
+@pytest.mark.parametrize("name", ["plain", "dora", "lora_bias"])
+def test_modules_compile_without_a_break(name):
+    options = VARIANTS[name]
     ours, x = adapted(**options), inputs()
     shake(ours)
     torch._dynamo.reset()

@@ -287,6 +287,16 @@ def test_batches_and_memory_change_nothing():
         torch.testing.assert_close(results[0], other, rtol=2e-3, atol=2e-4)
 
 
+def test_memory_bounds_the_covariances_of_one_pass():
+    """One of 32 x 32 float32 numbers takes 4 KiB, and one of 64 x 64 takes 16."""
+    x, sizes = inputs(3, 5), [4096] * 3 + [16384] + [4096] * 3 + [16384] + [4096]
+    for memory, passes in ((0, 9), (3 * 4096, 5), (sum(sizes) - 1, 2), (sum(sizes), 1)):
+        bare, seen = model(), []
+        bare.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        fw.adapt(bare, CorDA(rank=3, memory=memory), calibration=x)
+        assert len(seen) == 3 * passes
+
+
 def test_covariances_are_means_over_samples():
     x = inputs(4, 6)
     bare = model().train()

@@ -7,6 +7,7 @@ from torch import nn
 import fastweights as fw
 from fastweights.adapters import (
     LoRA,
+    LoRALinear,
     SavedModule,
     activate,
     adapter_layers,
@@ -107,6 +108,8 @@ def test_saved_modules_are_copies_that_are_trained():
     assert not torch.allclose(ours(x), before)
     with disabled(ours):
         assert torch.equal(ours(x), before)
+    adapted(ours, name="c")  # all linear layers that are not saved ones
+    assert not isinstance(ours.head, LoRALinear)
     adapted(ours, name="b", modules_to_save=["head"])
     with pytest.raises(ValueError, match="expected at most one adapter with modules_to_save"):
         activate(ours, ["default", "b"])

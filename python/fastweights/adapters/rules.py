@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from fastweights.adapters.protocol import Adapter, AdapterLayer
+from fastweights.adapters.saved import SavedModule
 
 __all__ = ["is_selected", "paths", "pattern_value", "saved_paths", "selected_paths"]
 
@@ -145,8 +146,12 @@ def _targets(model: nn.Module, adapter: Adapter) -> str | Sequence[str]:
         return _CUSTOMARY[kind]
     if isinstance(adapter.targets, str) and adapter.targets.lower() == "all-linear":
         head = _output(model)
-        return [p for p, m in paths(model) if adapter.covers(_base(m)) and m is not head]
+        return [p for p, m in paths(model) if _covered(adapter, m) and m is not head]
     return adapter.targets
+
+
+def _covered(adapter: Adapter, module: nn.Module) -> bool:
+    return not isinstance(module, SavedModule) and adapter.covers(_base(module))
 
 
 def _base(module: nn.Module) -> nn.Module:
