@@ -11,6 +11,9 @@ from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.lora_plus import lora_plus_groups
 from fastweights.adapters.merge import merge, unmerge
 from fastweights.adapters.merge_report import merge_report
+from fastweights.adapters.olora import OLoRA
+from fastweights.adapters.peft_load import load_peft
+from fastweights.adapters.peft_save import save_peft
 from fastweights.adapters.pissa import PiSSA
 from fastweights.adapters.protocol import (
     Adapter,
@@ -30,6 +33,7 @@ __all__ = [
     "LoRAConv",
     "LoRAEmbedding",
     "LoRALinear",
+    "OLoRA",
     "PiSSA",
     "SavedModule",
     "activate",
@@ -39,11 +43,13 @@ __all__ = [
     "adapter_names",
     "combine",
     "disabled",
+    "load_peft",
     "lora_plus_groups",
     "merge",
     "merge_report",
     "per_sample",
     "remove",
+    "save_peft",
     "to_lora",
     "unmerge",
 ]
