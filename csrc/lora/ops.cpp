@@ -156,10 +156,10 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
 STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def(
       "lora_update_(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments, "
-      "Tensor? indices, float dropout, Tensor? seed, int[] split) -> Tensor u");
+      "Tensor? indices, float dropout, Tensor? seed, int[] split=[]) -> Tensor u");
   m.def(
       "lora_gradients(Tensor(a!)? dx, Tensor dy, Tensor x, Tensor u, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
-      "Tensor? segments, Tensor? indices, float dropout, Tensor? seed, int[] split) -> (Tensor da, Tensor db)");
+      "Tensor? segments, Tensor? indices, float dropout, Tensor? seed, int[] split=[]) -> (Tensor da, Tensor db)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {
