@@ -17,6 +17,7 @@ MODULES = (
     "fastweights.integrations.fla",
     "fastweights.integrations.fla.modules",
     "fastweights.integrations.fla.ops",
+    "fastweights.integrations.peft",
     "fastweights.integrations.transformers",
     "fastweights.nn",
     "fastweights.optim",

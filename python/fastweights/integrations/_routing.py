@@ -63,6 +63,9 @@ class Attributes:
             entry[0] is attribute[0] and entry[1] == attribute[1] for entry in self._exchanged
         )
 
+    def __bool__(self) -> bool:
+        return bool(self._exchanged)
+
     def exchange(self, owner: Any, name: str, ours: Any) -> None:
         """Sets an attribute and remembers what it was."""
         original = vars(owner)[name]
