@@ -12,7 +12,8 @@ from safetensors.torch import save
 
 import checkpoint_layers as layers
 import onnx_files
-from fastweights.conversion.files import read_json, read_tensors
+from fastweights._json import read_json
+from fastweights.conversion.files import read_tensors
 from fastweights.functional import dequantize, quantized_linear
 from fastweights.integrations.gguf_config import config_of
 from fastweights.ops.quantization.tensor import QuantizedTensor

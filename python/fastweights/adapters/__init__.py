@@ -12,6 +12,9 @@ from fastweights.adapters.lora_plus import lora_plus_groups
 from fastweights.adapters.merge import merge, unmerge
 from fastweights.adapters.merge_report import merge_report
 from fastweights.adapters.norms import lora_norm_report
+from fastweights.adapters.olora import OLoRA
+from fastweights.adapters.peft_load import load_peft
+from fastweights.adapters.peft_save import save_peft
 from fastweights.adapters.pissa import PiSSA
 from fastweights.adapters.protocol import (
     Adapter,
@@ -33,6 +36,7 @@ __all__ = [
     "LoRAConv",
     "LoRAEmbedding",
     "LoRALinear",
+    "OLoRA",
     "PiSSA",
     "SSFLayer",
     "SavedModule",
@@ -43,6 +47,7 @@ __all__ = [
     "adapter_names",
     "combine",
     "disabled",
+    "load_peft",
     "lora_norm_report",
     "lora_plus_groups",
     "merge",
@@ -50,6 +55,7 @@ __all__ = [
     "per_sample",
     "push_shift",
     "remove",
+    "save_peft",
     "to_lora",
     "unmerge",
 ]

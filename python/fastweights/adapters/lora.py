@@ -16,7 +16,7 @@ from fastweights.adapters.lora_layer import LoRALayer
 from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.protocol import Adapter, AdapterLayer
 
-__all__ = ["LoRA"]
+__all__ = ["LoRA", "layer_for"]
 
 _INITS = ("kaiming", "gaussian", "random")
 _BIASES = ("none", "all", "lora_only")
@@ -93,7 +93,7 @@ class LoRA(Adapter):
 
     def build(self, module: nn.Module, path: str, name: str, known: Any = None) -> AdapterLayer:
         """See `Adapter.build`."""
-        layer = module if isinstance(module, LoRALayer) else _layer_for(module, path)
+        layer = module if isinstance(module, LoRALayer) else layer_for(module, path)
         layer.add(name, self, path, known)
         return layer
 
@@ -102,7 +102,12 @@ class LoRA(Adapter):
         layer.reset(name, self.init)
 
 
-def _layer_for(module: nn.Module, path: str) -> LoRALayer:
+def layer_for(module: nn.Module, path: str) -> LoRALayer:
+    """A layer without adapters over a module.
+
+    Raises:
+        TypeError: LoRA has none for such modules.
+    """
     if is_linear(module):
         return LoRALinear(module)
     if is_embedding(module):

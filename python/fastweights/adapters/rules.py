@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -103,9 +104,14 @@ def saved_paths(model: nn.Module, adapter: Adapter) -> list[str]:
 def pattern_value(path: str, patterns: Mapping[str, Value], otherwise: Value) -> Value:
     """The value of the first pattern, in the order given, that the end of a path matches."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _ending(pattern).match(path):
             return value
     return otherwise
+
+
+@functools.lru_cache(maxsize=8192)  # large models have a pattern for every layer
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _named(path: str, names: str | Sequence[str] | None) -> bool:

@@ -12,7 +12,7 @@ from fastweights.adapters.lora import LoRA
 from fastweights.adapters.lora_linear import LoRALinear
 from fastweights.adapters.protocol import adapter_configs, adapter_layers
 
-__all__ = ["to_lora"]
+__all__ = ["doubled", "to_lora"]
 
 
 @torch.no_grad()
@@ -50,18 +50,7 @@ def to_lora(model: nn.Module, name: str) -> None:
         raise ValueError(f"to_lora: expected an adapter without DoRA, got {name!r}")
     for linear in changed:
         linear.float_base()
-    kept = {f.name: getattr(old, f.name) for f in fields(LoRA)}
-    alpha = old.rank if old.alpha is None else old.alpha
-    times = 2**0.5 if old.rslora else 2.0
-    config = LoRA(
-        **kept
-        | {
-            "rank": 2 * old.rank,
-            "alpha": times * alpha,
-            "rank_pattern": {k: 2 * r for k, r in old.rank_pattern.items()},
-            "alpha_pattern": {k: times * a for k, a in old.alpha_pattern.items()},
-        }
-    )
+    config = doubled(old)
     for layer in layers:
         layer.configs[name] = config
     for linear in changed:
@@ -73,3 +62,19 @@ def to_lora(model: nn.Module, name: str) -> None:
             trained = parts[name].requires_grad
             parts[name] = nn.Parameter(torch.cat([parts[name], first], axis), trained)
         linear.give_back(name)
+
+
+def doubled(config: LoRA) -> LoRA:
+    """Plain LoRA of twice the rank with the same scale."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    times = 2**0.5 if config.rslora else 2.0
+    kept = {f.name: getattr(config, f.name) for f in fields(LoRA)}
+    return LoRA(
+        **kept
+        | {
+            "rank": 2 * config.rank,
+            "alpha": times * alpha,
+            "rank_pattern": {k: 2 * r for k, r in config.rank_pattern.items()},
+            "alpha_pattern": {k: times * a for k, a in config.alpha_pattern.items()},
+        }
+    )

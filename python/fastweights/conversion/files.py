@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastweights._json import first_line, read_json
+
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; ValueError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"load: {path} is damaged: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"load: {path} is damaged: expected an object")
-    return value
 
 
 def read_tensors(source: Path) -> dict[str, Tensor]:
@@ -76,8 +65,3 @@ def check_tensors(
     missing = [name for name in model.state_dict() if name not in known]
     if missing:
         raise ValueError(f"load: {source} lacks {len(missing)} tensors, the first is {missing[0]}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

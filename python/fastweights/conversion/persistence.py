@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastweights._json import first_line, read_json
 from fastweights.adapters.protocol import adapter_layers
 from fastweights.conversion.checkpoints import load_checkpoint
-from fastweights.conversion.files import check_tensors, first_line, read_json, read_tensors
+from fastweights.conversion.files import check_tensors, read_tensors
 from fastweights.conversion.linearize import convert
 from fastweights.conversion.recipes import Recipe
 from fastweights.ops.quantization.tensor import ACTIVATIONS
