@@ -27,8 +27,7 @@ from fastweights.adapters.saved import SavedModule
 from fastweights.adapters.ssf import SSF, SSFLayer, push_shift
 from fastweights.adapters.to_lora import to_lora
 
-__all__ = [
-    "SSF",
+__all__ = [  # noqa: RUF022, acronyms are no constants
     "Adapter",
     "AdapterLayer",
     "CorDA",
@@ -38,6 +37,7 @@ __all__ = [
     "LoRALinear",
     "OLoRA",
     "PiSSA",
+    "SSF",
     "SSFLayer",
     "SavedModule",
     "activate",
