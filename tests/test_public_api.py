@@ -13,6 +13,7 @@ import pytest
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 MODULES = (
     "fastweights",
+    "fastweights.adapters",
     "fastweights.functional",
     "fastweights.integrations.fla",
     "fastweights.integrations.fla.modules",

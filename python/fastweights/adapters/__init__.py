@@ -28,8 +28,7 @@ from fastweights.adapters.shared_input import together
 from fastweights.adapters.ssf import SSF, SSFLayer, push_shift
 from fastweights.adapters.to_lora import to_lora
 
-__all__ = [
-    "SSF",
+__all__ = [  # noqa: RUF022, acronyms are no constants
     "Adapter",
     "AdapterLayer",
     "CorDA",
@@ -39,6 +38,7 @@ __all__ = [
     "LoRALinear",
     "OLoRA",
     "PiSSA",
+    "SSF",
     "SSFLayer",
     "SavedModule",
     "activate",

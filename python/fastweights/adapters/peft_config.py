@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ __all__ = ["config_from_peft", "config_to_peft"]
 
 _VERSION = "0.21.2"  # of the PEFT whose keys these are
 _MOST = 1 << 20  # rank, layers
+_LARGEST = 1e15  # alpha
 _PATTERNS = 4096  # entries of a pattern table
 _LENGTH = 4096  # characters of a name or of a regular expression
 _BIASES = ("none", "all", "lora_only")
@@ -38,7 +38,7 @@ def _is_int(value: Any, least: int = 1) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # false for NaN
 
 
 def _is_text(value: Any) -> bool:
@@ -85,7 +85,7 @@ _NAMES = _is_pattern_or_names, "a regular expression, a list of names or null"
 # What a file may say and is followed.
 _KEYS = {
     "r": _Key(8, _is_int, f"an integer from 1 to {_MOST}"),
-    "lora_alpha": _Key(8, _is_number, "a finite number"),
+    "lora_alpha": _Key(8, _is_number, "a number"),
     "lora_dropout": _Key(0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "target_modules": _Key(None, *_NAMES),
     "exclude_modules": _Key(None, *_NAMES),
@@ -93,7 +93,7 @@ _KEYS = {
     "layers_pattern": _Key(None, _is_pattern_or_names, "names or null"),
     "modules_to_save": _Key(None, lambda v: v is None or _is_names(v), "a list of names or null"),
     "rank_pattern": _Key({}, _is_table(_is_int), "an object of positive integers"),
-    "alpha_pattern": _Key({}, _is_table(_is_number), "an object of finite numbers"),
+    "alpha_pattern": _Key({}, _is_table(_is_number), "an object of numbers"),
     "use_rslora": _Key(False, *_BOOL),
     "use_dora": _Key(False, *_BOOL),
     "lora_bias": _Key(False, *_BOOL),

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from fastweights.adapters.base import bias_of, is_linear, matrix_of
 from fastweights.integrations import _routing
+from fastweights.ops._common import reference_forced
 from fastweights.ops.lora.functional import lora_linear
 
 __all__ = ["patch", "patched", "stats", "unpatch"]
@@ -115,10 +116,15 @@ def _routed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             call = _call(layer, modules, x, **kwargs)
         if call is None:
             return original(layer, x, *args, **kwargs)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _is_compiling():
+        if (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or _is_compiling()
+            or reference_forced()
+        ):
             if not _is_product(base, x):
                 return original(layer, x, *args, **kwargs)
-            lora_a, lora_b, scale, _, indices, dropout, seed = call
+            lora_a, lora_b, scale, _, indices, dropout, seed, _ = call
             y = lora_linear(
                 x, matrix_of(base), bias_of(base), lora_a, lora_b, scale,
                 indices=indices, dropout=dropout, seed=seed,
@@ -182,7 +188,7 @@ def _call(
         if shared or dropout >= 1 or chances != [dropout] * len(lora_a):
             return None
         seed = torch.randint(2**62, (1,))
-    return lora_a, lora_b, _scale(scales), None, indices, dropout, seed
+    return lora_a, lora_b, _scale(scales), None, indices, dropout, seed, []
 
 
 def _by_sample(adapter_names: Sequence[str], known: Container[str]) -> tuple[list[str], Tensor]:
