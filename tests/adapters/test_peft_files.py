@@ -371,9 +371,19 @@ def test_two_named_adapters_of_theirs(tmp_path):
 def test_two_named_adapters_of_ours(tmp_path):
     ours = fw.adapt(softmax_model("qwen2"), LoRA(rank=4, targets=Q), name="weight")
     fw.adapt(ours, LoRA(rank=2, alpha=3, targets=["q_proj", "lm_head"]), name="model")
-    for name in ("weight", "model"):
+    fw.adapt(ours, LoRA(rank=3), name="default")
+    for name in ("weight", "model", "default"):
         shake(ours, name)
         save_peft(ours, tmp_path, name=name)
+    here = softmax_model("qwen2")
+    for name in ("default", "weight", "model"):
+        load_peft(here, tmp_path, name=name)
+        activate(ours, name)
+        same(logits(here), logits(ours))
+    same(
+        logits(load_peft(softmax_model("qwen2"), tmp_path, name="any", subfolder="model")),
+        logits(ours),
+    )
     there = quiet(PeftModel.from_pretrained, softmax_model("qwen2"), tmp_path / "weight", "one")
     quiet(there.load_adapter, tmp_path / "model", "two")
     for names, theirs_ in (
@@ -454,3 +464,10 @@ def test_over_a_quantized_base(tmp_path):
     exact = logits(load_peft(softmax_model("qwen2"), tmp_path))
     got = logits(load_peft(model, tmp_path))
     assert (got - exact).norm() / exact.norm() < 0.05
+    quiet(
+        theirs("qwen2", target_modules=Q, init_lora_weights="pissa").save_pretrained,
+        tmp_path / "residual",
+    )
+    with pytest.raises(ValueError, match=r"load_peft: .* expected a float layer to take the start"):
+        load_peft(model, tmp_path / "residual", name="second")
+    assert adapter_names(model) == ["default"]

@@ -48,8 +48,8 @@ def load_peft(
     Args:
         model: bare, or with other adapters.
         folder: with adapter_config.json and adapter_model.safetensors (or .bin, of which only plain
-            tensors are read). If it has none, its folder of the adapter's name is taken, where PEFT
-            puts adapters that are not called "default".
+            tensors are read). If it has a folder of the adapter's name with these, that is taken:
+            there PEFT puts adapters that are not called "default".
         name: of the adapter in the model.
         subfolder: of `folder`.
         initial: the folder of the same adapter before it was trained. What PiSSA, CorDA, OLoRA or

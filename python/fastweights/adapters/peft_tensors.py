@@ -27,7 +27,7 @@ def adapter_folder(folder: str | os.PathLike[str], subfolder: str | None, name: 
 
     Args:
         folder: that people name.
-        subfolder: within it, or None: it, or its folder of the adapter's name.
+        subfolder: within it, or None: its folder of the adapter's name if it has one, else itself.
         name: of the adapter.
 
     Raises:
@@ -36,7 +36,7 @@ def adapter_folder(folder: str | os.PathLike[str], subfolder: str | None, name: 
     root = Path(folder)
     if subfolder is None:
         below = root / name
-        found = below if not (root / _CONFIG).exists() and (below / _CONFIG).exists() else root
+        found = below if name != "default" and (below / _CONFIG).exists() else root
     else:
         found = root / subfolder
     if not found.is_dir():

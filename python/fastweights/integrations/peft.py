@@ -26,6 +26,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSORS = (Tensor, nn.Parameter)
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _is_compiling = torch.compiler.is_compiling
+_update = torch.ops.fastweights.lora_update_.default
 
 _calls: Counter[str] = Counter()
 _exchanged = _routing.Attributes()
@@ -131,7 +132,7 @@ def _routed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             )  # fmt: skip
         else:
             y = base(x)
-            torch.ops.fastweights.lora_update_(y, x, *call)
+            _update(y, x, *call)
         if not _is_compiling():
             _calls[_NAME] += 1
         return y
@@ -153,7 +154,7 @@ def _call(
         or x.dtype not in _FLOATS
         or not _is_known(modules["base_layer"])
         or _is_transformed()
-        or any(value is not None for value in others.values())
+        or (others and any(value is not None for value in others.values()))
     ):
         return None
     names, indices = layer.active_adapters, None
@@ -218,7 +219,7 @@ def _is_known(base: nn.Module) -> bool:
     if base._forward_hooks or "forward" in base.__dict__:
         return False
     if type(base._parameters.get("weight")) is nn.Parameter:
-        return is_linear(base)
+        return type(base) is nn.Linear or is_linear(base)
     return type(base).__module__.startswith("bitsandbytes.")
 
 
