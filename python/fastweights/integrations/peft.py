@@ -24,6 +24,7 @@ _NAME = "lora_linear"
 _CLASSES = ("Linear", "Linear4bit", "Linear8bitLt")  # the last two only beside bitsandbytes
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSORS = (Tensor, nn.Parameter)
+_REFERENCE = reference_forced()
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _is_compiling = torch.compiler.is_compiling
 _update = torch.ops.fastweights.lora_update_.default
@@ -110,19 +111,13 @@ def _routed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # objects.
     @functools.wraps(original)
     def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-        modules = layer._modules
-        base = modules["base_layer"]
-        call = None
+        modules, compiling, call = layer._modules, _is_compiling(), None
         if not (layer._disable_adapters or layer.merged_adapters or args):
-            call = _call(layer, modules, x, **kwargs)
+            call = _call(layer, modules, compiling, x, **kwargs)
         if call is None:
             return original(layer, x, *args, **kwargs)
-        if (
-            torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or _is_compiling()
-            or reference_forced()
-        ):
+        base = modules["base_layer"]
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or compiling or _REFERENCE:
             if not _is_product(base, x):
                 return original(layer, x, *args, **kwargs)
             lora_a, lora_b, scale, _, indices, dropout, seed, _ = call
@@ -133,7 +128,7 @@ def _routed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         else:
             y = base(x)
             _update(y, x, *call)
-        if not _is_compiling():
+        if not compiling:
             _calls[_NAME] += 1
         return y
 
@@ -143,6 +138,7 @@ def _routed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _call(
     layer: Any,
     modules: Mapping[str, Any],
+    compiling: bool,
     x: Any,
     adapter_names: Sequence[str] | None = None,
     **others: Any,
@@ -153,7 +149,8 @@ def _call(
         or not x.is_cpu
         or x.dtype not in _FLOATS
         or not _is_known(modules["base_layer"])
-        or _is_transformed()
+        or _GLOBAL_HOOKS
+        or _is_transformed(compiling)
         or (others and any(value is not None for value in others.values()))
     ):
         return None
@@ -189,7 +186,7 @@ def _call(
         if shared or dropout >= 1 or chances != [dropout] * len(lora_a):
             return None
         seed = torch.randint(2**62, (1,))
-    return lora_a, lora_b, _scale(scales), None, indices, dropout, seed, []
+    return lora_a, lora_b, _scale(scales, compiling), None, indices, dropout, seed, []
 
 
 def _by_sample(adapter_names: Sequence[str], known: Container[str]) -> tuple[list[str], Tensor]:
@@ -242,25 +239,23 @@ def _is_product(base: nn.Module, x: Tensor) -> bool:
     return x.dtype == weight.dtype
 
 
-def _is_transformed() -> bool:
-    """Whether somebody wants of the modules or the arithmetic what our op has no rule for."""
-    if _GLOBAL_HOOKS:
-        return True
-    if _is_compiling():
+def _is_transformed(compiling: bool) -> bool:
+    """Whether somebody wants of the arithmetic what our op has no rule for."""
+    if compiling:
         return torch.compiler.is_exporting()
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _scale(values: list[Any]) -> Tensor:
+def _scale(values: list[Any], compiling: bool) -> Tensor:
     """As the op takes it; PEFT has numbers, and tensors for hot-swapping in compiled models."""
+    if not compiling and len(values) == 1 and type(values[0]) is float:
+        return _constant(values[0])
     if any(isinstance(value, Tensor) for value in values):
         return torch.stack([torch.as_tensor(value).reshape(()).double() for value in values])
-    if _is_compiling():
-        return torch.tensor(values, dtype=torch.float64)
-    return _constant(*values)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 @functools.lru_cache(maxsize=256)
-def _constant(*values: float) -> Tensor:
+def _constant(value: float) -> Tensor:
     with torch.inference_mode(False):  # it may be saved for a backward later
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor([value], dtype=torch.float64)
