@@ -25,6 +25,7 @@ MODULES = (
     "fastweights.quantization.formats",
     "fastweights.reference",
     "fastweights.testing",
+    "fastweights.training",
 )
 
 

@@ -1,4 +1,4 @@
-"""The command `fastweights`: make a transformer linear, quantize it, run it and measure it."""
+"""The command `fastweights`: make a transformer linear, quantize, fine-tune, run and measure it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastweights._cli import bench, generate, info, linearize, perplexity, quantize
+from fastweights._cli import bench, finetune, generate, info, linearize, perplexity, quantize
 from fastweights._cli.terminal import fail
 
-_COMMANDS = (linearize, quantize, generate, perplexity, bench, info)
+_COMMANDS = (linearize, quantize, finetune, generate, perplexity, bench, info)
 
 _EXAMPLE = """\
 from a pretrained transformer to one whose speed and memory do not depend on the context:

@@ -150,7 +150,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(stage, tmp_path
         )
     finally:
         signal.signal(signal.SIGINT, before)
-    assert log.interrupted and len(log.losses) == 4
+    assert log.interrupted and len(log.losses) == 5
     monkeypatch.undo()
 
     resumed = start()

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
 
+from fastweights._cli.base import add_adapter, open_adapted
 from fastweights._cli.terminal import existing, say
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add_parser(commands: Any) -> None:
         '  fastweights generate DIR "In short:" --load-state FILE\n',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("model", metavar="DIR", help="a model folder")
+    p.add_argument("model", metavar="DIR", help="a model folder or a .gguf file")
     p.add_argument(
         "prompts", metavar="PROMPT", nargs="*", help="text to continue; - reads it from stdin"
     )
@@ -63,6 +64,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument(
         "--save-state", metavar="FILE", help="save the state after the prompt and what it generated"
     )
+    add_adapter(p)
     p.set_defaults(run=run)
 
 
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
     import fastweights as fw
 
-    model, tokenizer = fw.load(source)
+    model, tokenizer = open_adapted(source, options)
     if options.chat:
         prompts = [_chat(tokenizer, prompt) for prompt in prompts]
     state = fw.load_state(model, options.load_state) if options.load_state else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fastweights._cli.base import add_adapter, open_adapted
 from fastweights._cli.terminal import existing, read_texts
 
 
@@ -26,6 +27,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="one figure per range of positions: to 512, 2k, 4k, 8k, 32k",
     )
+    add_adapter(p)
     p.set_defaults(run=run)
 
 
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     import fastweights as fw
     from fastweights import data
 
-    model, tokenizer = fw.load(source)
+    model, tokenizer = open_adapted(source, options)
     tokens = data.pack(tokenizer, texts)
     if options.by_position:
         ends = [end for end in (512, 2048, 4096, 8192, 32768) if end <= len(tokens)] or [

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastweights.conversion.transfer import decoder
+from fastweights.training.causal_lm import decoder
 
 # Positions whose logits exist at one time.
 _LOGITS = 512

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastweights import adapters
 from fastweights.adapters import LoRA, adapt, adapter_layers, adapter_names
 from fastweights.conversion.attention import LinearizedAttention
-from fastweights.conversion.transfer import decoder, frozen, original_attention
-from fastweights.training import TrainingLog, train
+from fastweights.conversion.transfer import frozen, original_attention
+from fastweights.training.causal_lm import hidden_states, output_loss
+from fastweights.training.loop import TrainingLog, train
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-# Positions whose logits exist at one time.
-_CHUNK = 512
 
 
 def recover(
@@ -91,17 +88,13 @@ def recover(
     parameters = {name: p for name, p in model.named_parameters() if id(p) in trained}
 
     def loss_and_backward(batch: Tensor, weight: float) -> float:
-        inputs, targets = batch[:, :-1], batch[:, 1:]
+        inputs, targets = batch[:, :-1], batch[:, 1:].flatten()
         teacher = None
         if distill:
             with torch.no_grad(), original_attention(model):
-                teacher = decoder(model)(
-                    input_ids=inputs, use_cache=False
-                ).last_hidden_state.flatten(0, 1)
-        hidden = decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        loss, gradient = _output_loss(model, hidden.detach(), targets.flatten(), teacher, distill)
-        hidden.backward(gradient * weight)
-        return loss
+                teacher = hidden_states(model, inputs)
+        hidden = hidden_states(model, inputs)
+        return output_loss(model, hidden, targets, weight=weight, teacher=teacher, distill=distill)
 
     with frozen(model):
         log = train(
@@ -112,28 +105,3 @@ def recover(
     if merge:
         adapters.merge(model)
     return log
-
-
-def _output_loss(
-    model: Any, hidden: Tensor, targets: Tensor, teacher: Tensor | None, distill: float
-) -> tuple[float, Tensor]:
-    """Mean loss and its gradient for `hidden` `[N, D]`, a chunk of logits at a time."""
-    head = model.get_output_embeddings()
-    gradient, total = torch.empty_like(hidden), 0.0
-    for start in range(0, len(hidden), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        x = hidden[part].requires_grad_(True)
-        logits = head(x).float()
-        loss = (
-            (1 - distill) * F.cross_entropy(logits, targets[part], reduction="sum")
-            if distill < 1
-            else logits.new_zeros(())
-        )
-        if teacher is not None:
-            with torch.no_grad():
-                expected = head(teacher[part]).float().softmax(-1)
-            loss = loss + distill * F.cross_entropy(logits, expected, reduction="sum")
-        loss = loss / len(hidden)
-        (gradient[part],) = torch.autograd.grad(loss, x)
-        total += loss.item()
-    return total, gradient

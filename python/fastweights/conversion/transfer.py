@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from fastweights.adapters.activate import disabled
 from fastweights.conversion.attention import linearized_layers
-from fastweights.training import TrainingLog, train
+from fastweights.training.causal_lm import decoder
+from fastweights.training.loop import TrainingLog, train
 
 # Reported as the papers do: a thousand times the mean squared error, the mean over layers.
 _LOSS_SCALE = 1000.0
@@ -120,8 +120,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for parameter, before in required:
             parameter.requires_grad_(before)
-
-
-def decoder(model: Any) -> Any:
-    """The part of a causal language model before its output layer."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model

@@ -1,5 +1,6 @@
-"""The training loop of the conversion: any loss, resumable, interruptible, deterministic."""
+"""Training of causal language models: resumable, interruptible, deterministic."""
 
+from fastweights.training.finetune import finetune
 from fastweights.training.loop import TrainingLog, train
 
-__all__ = ["TrainingLog", "train"]
+__all__ = ["TrainingLog", "finetune", "train"]

@@ -1,4 +1,4 @@
-"""A training's parameters, optimizer moments and progress in one safetensors file."""
+"""A training's parameters, optimizer states and progress in one safetensors file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Of torch's optimizers, and of ours.
+_STATES = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 
 
 def store(
@@ -19,6 +20,7 @@ def store(
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
     losses: list[float],
+    held_out: dict[int, float],
     steps: int,
 ) -> None:
     """Writes beside `path` and renames, so that an interruption leaves the earlier file whole."""
@@ -27,10 +29,12 @@ def store(
     tensors = {}
     for name, parameter in parameters.items():
         tensors[name] = parameter.detach().contiguous()
-        for moment in _MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
-    progress = json.dumps({"settings": settings, "losses": losses, "steps": steps})
+        for key in _STATES:
+            if key in optimizer.state.get(parameter, ()):
+                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].contiguous()
+    progress = json.dumps(
+        {"settings": settings, "losses": losses, "held_out": list(held_out.items()), "steps": steps}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     save_file(tensors, temporary, {"fastweights.training": progress})
@@ -45,8 +49,8 @@ def restore(
     settings: dict[str, Any],
     steps: int | None,
     free: set[str],
-) -> tuple[list[float], int]:
-    """Puts back what `store` wrote; returns the losses so far and the steps of the schedule.
+) -> tuple[list[float], dict[int, float], int]:
+    """Puts back what `store` wrote; returns both kinds of losses and the steps of the schedule.
 
     Settings named in `free` are taken from the file into `settings`.
 
@@ -61,6 +65,7 @@ def restore(
             progress = json.loads((file.metadata() or {})["fastweights.training"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         losses, found_steps, found = progress["losses"], progress["steps"], progress["settings"]
+        held_out = {int(step): float(loss) for step, loss in progress.get("held_out", ())}
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise ValueError(
             f"{name}: {path} is not a checkpoint of a training, or is damaged ({error})"
@@ -81,9 +86,9 @@ def restore(
                 f"{name}: expected {key} of shape {list(parameter.shape)} in the checkpoint {path}"
             )
         parameter.copy_(tensors[key])
-        if f"{_MOMENTS[0]}/{key}" in tensors:
-            state: dict[str, Any] = {"step": torch.tensor(float(len(losses)))}
-            for moment in _MOMENTS:
-                state[moment] = tensors[f"{moment}/{key}"].to(parameter.device)
-            optimizer.state[parameter] = state
-    return losses, found_steps
+        state = {k: tensors[f"{k}/{key}"] for k in _STATES if f"{k}/{key}" in tensors}
+        if state:
+            steps_done = torch.tensor(float(len(losses)))
+            moved = {k: tensor.to(parameter.device) for k, tensor in state.items()}
+            optimizer.state[parameter] = {"step": steps_done, **moved}
+    return losses, held_out, found_steps
