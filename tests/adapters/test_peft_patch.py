@@ -444,4 +444,4 @@ def test_peft_is_not_imported_before_it_is_patched():
         "except ImportError as e: assert 'pip install peft' in str(e)\n"
         "else: raise SystemExit(1)\n"
     )
-    subprocess.run([sys.executable, "-S", "-c", code], check=True)
+    subprocess.run([sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code], check=True)
