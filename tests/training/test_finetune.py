@@ -116,6 +116,28 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, optimizer, 
         assert torch.equal(p, q), name
 
 
+def test_ctrl_c_within_a_forward_pass_costs_that_step_alone(tmp_path):
+    """Of the third step the first half is done: its gradients must not meet the next ones."""
+    settings = dict(steps=5, accumulation=2, lr=1e-2, **QUIET)
+    whole, broken = adapted(dropout=0.2), adapted(dropout=0.2)
+    expected = finetune(whole, text(), **settings)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(None)
+        if len(calls) == 8:  # two calls are the probe's of the logits, and two a step
+            raise KeyboardInterrupt
+
+    handle = broken.model.layers[1].register_forward_hook(interrupt)
+    log = finetune(broken, text(), checkpoint=tmp_path / "c.safetensors", **settings)
+    handle.remove()
+    assert log.interrupted and log.losses == expected.losses[:2]
+    log = finetune(broken, text(), checkpoint=tmp_path / "c.safetensors", **settings)
+    assert log.losses == expected.losses
+    for (name, p), q in zip(whole.named_parameters(), broken.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_recomputing_changes_no_bit():
     models, calls = [adapted(dropout=0.1) for _ in range(2)], [[], []]
     for model, seen in zip(models, calls, strict=True):
