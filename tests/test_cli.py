@@ -230,6 +230,7 @@ def test_info_lists_the_ops(capsys: pytest.CaptureFixture[str]) -> None:
         ("perplexity {0}/original --text {0}/text.txt --adapter {0}/nothing", "an adapter folder"),
         ("generate {0}/original a --adapter {0}/original", "adapter_config.json"),
         ("finetune {0}/nothing --text {0}/text.txt --out {0}/y", "found nothing at"),
+        ("finetune {0}/original --text {0}/text.txt --out {0}/original", "another folder"),
         ("finetune {0}/original --text {0}/nothing --out {0}/y", "expected a text file"),
         ("finetune {0}/original --text {0}/text.txt --out {0}/y --rank 0", "expected rank >= 1"),
         (

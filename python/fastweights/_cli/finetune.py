@@ -111,6 +111,8 @@ def run(options: argparse.Namespace) -> int:
     texts = read_texts(options.text)
     unseen = read_texts(options.held_out) if options.held_out else None
     folder = output_folder(options.out)
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"expected --out to be another folder than {source}")
     adapter = _adapter(options)
 
     import torch
@@ -142,7 +144,8 @@ def run(options: argparse.Namespace) -> int:
         checkpoint=checkpoint, precision=options.precision,
     )  # fmt: skip
     if log.interrupted:
-        say("interrupted: the same command goes on from here")
+        kept = "the same command goes on from here" if checkpoint.exists() else "nothing was kept"
+        say(f"interrupted: {kept}")
         return 130
     save_peft(model, folder, base_model=str(source), task_type="CAUSAL_LM")
     write_json(folder / "training.json", _summary(options, source, log))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Positions whose logits exist at one time.
-_CHUNK = 512
+_CHUNK = 128
 # Tokens on which a model is asked what it does to its logits.
 _PROBE = 4
 
@@ -37,7 +37,7 @@ def output_loss(
 ) -> float:
     """The mean loss of the output layer over `hidden` `[N, D]`, and its backward if there is one.
 
-    Logits exist for 512 positions at a time; the backward through the rest of the model runs once.
+    Logits exist for 128 positions at a time; the backward through the rest of the model runs once.
 
     Args:
         model: whose output embedding is used.
@@ -52,25 +52,29 @@ def output_loss(
     for start in range(0, len(hidden), _CHUNK):
         part = slice(start, start + _CHUNK)
         x = hidden.detach()[part].requires_grad_(hidden.requires_grad)
-        logits = head(x).float()
-        loss = (
-            (1 - distill) * F.cross_entropy(logits, targets[part], reduction="sum")
-            if distill < 1
-            else logits.new_zeros(())
-        )
-        if teacher is not None:
-            with torch.no_grad():
+        logits = head(x)
+        with torch.no_grad():
+            log_p = logits.float().log_softmax(-1)
+            places = targets[part, None]
+            total -= (1 - distill) * log_p.gather(1, places).sum().item()
+            slope = -(1 - distill) * torch.ones_like(places, dtype=log_p.dtype)
+            expected = None
+            if teacher is not None:
                 expected = head(teacher[part]).float().softmax(-1)
-            loss = loss + distill * F.cross_entropy(logits, expected, reduction="sum")
-        loss = loss / len(hidden)
-        if loss.requires_grad:
-            (loss * weight).backward()  # into the output layer's own parameters, too
+                total -= distill * torch.linalg.vecdot(expected, log_p).sum().item()
+            if not logits.requires_grad:
+                continue
+            # The gradient of a cross-entropy is the difference of the distributions.
+            slopes = log_p.exp_().scatter_add_(1, places, slope)
+            if expected is not None:
+                slopes.sub_(expected, alpha=distill)
+            slopes *= weight / len(hidden)
+        logits.backward(slopes.to(logits.dtype))  # into the output layer's own parameters, too
         if x.grad is not None:
             gradient[part] = x.grad
-        total += loss.item()
     if hidden.requires_grad:
         hidden.backward(gradient)
-    return total
+    return total / len(hidden)
 
 
 def next_token_loss(model: Any, batch: Tensor, *, weight: float = 1.0, plain: bool = True) -> float:

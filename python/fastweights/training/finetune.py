@@ -46,7 +46,7 @@ def finetune(
     """Trains what of a model requires gradients to predict the next token of a text.
 
     After `fastweights.adapt` that is the adapter, over a float or a quantized model (QLoRA,
-    Dettmers et al. 2023, arXiv:2305.14314); on a bare model it is all of it. Logits exist for 512
+    Dettmers et al. 2023, arXiv:2305.14314); on a bare model it is all of it. Logits exist for 128
     positions at a time.
 
     Args:
@@ -67,7 +67,7 @@ def finetune(
             backward: less memory for a third more time.
         seed: of the choice of sequences and of dropout.
         checkpoint: file to resume from and to write, see `fastweights.training.train`. Text,
-            adapters and formats of the weights must be those that it was begun with.
+            adapters, optimizer and formats of the weights must be those that it was begun with.
         precision: "auto", "float32" or "bfloat16", see `fastweights.training.train`.
         progress: show a bar with losses and tokens per second.
 
@@ -121,7 +121,10 @@ def _identity(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
     return {
         "text": zlib.crc32(tokens.cpu().numpy().tobytes()),
         "adapters": {name: repr(config) for name, config in adapter_configs(model).items()},
-        "formats": sorted({f"{layer.format} in {layer.group_size}" for layer in layers}),
+        "formats": sorted(
+            {f"{layer.format} in {layer.group_size}" for layer in layers}
+            | {str(p.dtype) for p in model.parameters() if not p.requires_grad}
+        ),
     }
 
 

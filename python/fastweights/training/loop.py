@@ -119,16 +119,17 @@ def train(
     """
     lengths = [length] if isinstance(length, int) else list(length)
     _check(tokens, lengths, steps, minutes, name)
+    rates = lr if isinstance(lr, dict) else dict.fromkeys(parameters, lr)
     _check_positive(
-        name, steps=steps, minutes=minutes, batch_size=batch_size, accumulation=accumulation,
-        evaluate_every=evaluate_every, checkpoint_every=checkpoint_every,
+        name, lr=min(rates.values(), default=None), clip=clip, steps=steps, minutes=minutes,
+        batch_size=batch_size, accumulation=accumulation, evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
     )  # fmt: skip
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"{name}: expected optimizer in {list(OPTIMIZERS)}, got {optimizer!r}")
     required = {key: parameter.requires_grad for key, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    rates = lr if isinstance(lr, dict) else dict.fromkeys(parameters, lr)
     groups: dict[float, list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
         groups.setdefault(rates[key], []).append(parameter)
