@@ -21,11 +21,11 @@ import torch
 
 import fastweights as fw
 from fastweights import data
+from fastweights._tables import markdown_table
 from fastweights.adapters import LoRA
 from fastweights.demo.model import smollm2
 from fastweights.generation.memory import release_free_memory
 from fastweights.testing import machine
-from fastweights.testing.tables import markdown_table
 from fastweights.training import finetune
 from fastweights.training.loop import window_seed
 

@@ -8,10 +8,10 @@ benchmarks/results/demo.json, which `make report` writes.
 import json
 from pathlib import Path
 
+from fastweights._tables import markdown_table
 from fastweights.demo import tables
 from fastweights.demo.results import Results
 from fastweights.testing.support import HEADER, support_rows
-from fastweights.testing.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

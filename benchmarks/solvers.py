@@ -18,11 +18,11 @@ from pathlib import Path
 
 import fastweights as fw
 from fastweights import data
+from fastweights._tables import markdown_table
 from fastweights.demo.model import Text, smollm2
 from fastweights.nn import QuantizedLinear
 from fastweights.quantization import AWQ, GPTQ, RoundToNearest, SmoothQuantPlus
 from fastweights.testing import machine
-from fastweights.testing.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "solvers.json"

@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastweights._tables import markdown_table
 from fastweights.integrations.transformers import patched
 from fastweights.testing import machine
-from fastweights.testing.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 # A quarter of the widths and of the heads of Qwen3-Next-80B-A3B and Kimi-Linear-48B-A3B. The sizes

@@ -47,20 +47,20 @@ void run_gradient(const Routing& routing, const std::vector<Block>& groups, cons
 }
 
 // dB of one projection after another: args.in is dy.
-void run_gradients_of_b(const Adapters& adapters, const Routing& routing, const GradientArgs& args) {
+void run_gradients_of_b(const Adapters& adapters, const Routing& routing, const GradientArgs& args,
+                        int64_t element_size) {
   const std::vector<Part> parts = adapters.parts(routing);
-  const size_t projections = size_t(adapters.projections());
-  const int64_t size = args.element == Element::f64 ? 8 : args.element == Element::f32 ? 4 : 2;
+  if (parts.empty()) return;
+  const size_t projections = size_t(adapters.projections()), each = parts.size() / routing.groups.size();
   for (size_t p = 0; p < projections; ++p) {
     std::vector<Block> groups;
     std::vector<int64_t> c_columns;
     GradientArgs of_part = args;
-    for (size_t i = p, each = parts.size() / std::max<size_t>(routing.groups.size(), 1); i < parts.size();
-         i += projections) {
+    for (size_t i = p; i < parts.size(); i += projections) {
       const Block& g = routing.groups[i / each];
       groups.push_back({g.first, g.count, g.rank + parts[i].rank, parts[i].ranks, 0});
       c_columns.push_back(parts[i].rank);
-      of_part.in.data = static_cast<char*>(args.in.data) + parts[i].begin * size;
+      of_part.in.data = static_cast<char*>(args.in.data) + parts[i].begin * element_size;
       of_part.in.columns = parts[i].columns;
     }
     run_gradient(routing, groups, c_columns, of_part);
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
   of_b.out = {db_rows.data_ptr(), O + kPadding, O};
   of_b.factors = adapters.factors.data();
   of_b.in_dropout = {};
-  run_gradients_of_b(adapters, routing, of_b);
+  run_gradients_of_b(adapters, routing, of_b, int64_t(dy.element_size()));
 
   Tensor db = torch::stable::new_empty(x, {adapters.size_of_b()}, type);
   adapters.transpose_back(db_rows, db);

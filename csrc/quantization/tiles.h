@@ -92,6 +92,8 @@ FW_INLINE void decode_inputs(const Weight& w, const uint8_t* strip, int64_t begi
     const uint8_t* run = lines_of<F>(w, strip, g) + from / 4 / kRun<F> * kRunBytes<F>;
     for (int64_t k = from; k < to; k += 4 * kRun<F>, run += kRunBytes<F>) {
       FW_UNROLL
+      for (int64_t i = 0; i < kRunBytes<F>; i += kLine) prefetch(run + kAhead + i);
+      FW_UNROLL
       for (int u = 0; u < kRun<F>; ++u) {
         const Words words = code_words<F>(run, u, 0);
         Vec<float> v[4];

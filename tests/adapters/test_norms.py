@@ -48,7 +48,7 @@ def test_the_report_is_what_the_projections_give():
     heads = q.unflatten(-1, (4, 16)), k.unflatten(-1, (2, 16)).repeat_interleave(2, 2)
     logits = torch.einsum("bthd,bshd->bhts", *heads) / 4
     torch.testing.assert_close(norms.logits, (logits.min().item(), logits.max().item()))
-    assert len(str(report).splitlines()) == 3
+    assert len(str(report).splitlines()) == 2 + 2  # heads, a rule, layers
 
 
 def test_the_report_is_of_the_product_of_a_and_b():

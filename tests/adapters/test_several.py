@@ -150,3 +150,12 @@ def test_adapters_can_be_removed():
     assert torch.equal(ours(x), model()(x))
     with pytest.raises(ValueError, match=r"remove: expected one of \[\], got 'a'"):
         remove(ours, "a")
+
+
+def test_what_an_adapter_trains_whole_is_not_quantized():
+    ours = fw.adapt(model(), LoRA(rank=2, targets=["q_proj"], modules_to_save=["head"]))
+    fw.quantize_(ours, "int8", group_size=32)
+    assert isinstance(ours.head.original_module, fw.nn.QuantizedLinear)
+    assert type(ours.head.modules_to_save["default"]) is nn.Linear
+    ours(inputs()).sum().backward()
+    assert ours.head.modules_to_save["default"].weight.grad is not None

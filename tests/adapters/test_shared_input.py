@@ -67,6 +67,25 @@ def test_a_changed_weight_is_stacked_again():
     assert_close(ours(x), ours.apart(x), tolerance=2e-6)
 
 
+def test_weights_that_do_not_tell_when_they_change(monkeypatch):
+    calls, x = calls_of_lora_linear(monkeypatch), torch.randn(2, 24)
+    with torch.inference_mode():
+        ours = projections()
+        assert_close(ours(x), ours.apart(x), tolerance=2e-6)
+    assert not calls
+
+
+def test_memory_that_is_given_to_another_weight():
+    ours, x = projections(), torch.randn(2, 24)
+    ours(x)
+    for _ in range(4):  # frees the weight's memory twice over; an allocator likes to give it back
+        ours.k.base_layer.weight.data = torch.randn(8, 24)
+        assert_close(ours(x), ours.apart(x), tolerance=2e-6)
+        ours.k.base_layer.weight.data = torch.empty(0)
+        ours.k.base_layer.weight.data = torch.randn(8, 24)
+        assert_close(ours(x), ours.apart(x), tolerance=2e-6)
+
+
 def test_several_adapters():
     ours, x = projections(), torch.randn(2, 24)
     fw.adapt(ours, LoRA(rank=2, targets=["q", "k", "v"]), name="second")

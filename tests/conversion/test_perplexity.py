@@ -48,3 +48,16 @@ def test_sequences_do_not_see_each_other():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         fw.perplexity(tiny(), random_tokens(50), **arguments)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_a_model_that_bends_its_logits(chunk):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 60}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.5)).eval()
+    tokens = random_tokens(50) % 60
+    expected = math.exp(direct(model, tokens).mean())
+    assert fw.perplexity(model, tokens, chunk=chunk) == pytest.approx(expected, rel=1e-4)

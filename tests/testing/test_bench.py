@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import fastweights.testing.bench as bench
+from fastweights._tables import markdown_table, print_table
 from fastweights.testing import BenchCase, OpSpec, Peer, Tolerance, roofline, sample
 from fastweights.testing.results import HEADER, Row, cells
 from fastweights.testing.support import HEADER as SUPPORT_HEADER
 from fastweights.testing.support import support_rows
-from fastweights.testing.tables import markdown_table, print_table
 
 
 def double(x):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastweights._tables import markdown_table
 from fastweights.adapters.activate import check_names
 from fastweights.adapters.base import dtype_of, row_tiles
 from fastweights.adapters.lora_layer import LoRALayer
 from fastweights.adapters.protocol import AdapterLayer
 from fastweights.adapters.rounding import wide_dtype
 from fastweights.adapters.rules import paths
-from fastweights.adapters.tables import table
 from fastweights.ops.quantization.layers import QuantizedLinear
 
 __all__ = ["MergeLoss", "MergeReport", "merge_report"]
@@ -64,7 +64,7 @@ class MergeReport:
         for loss in self.layers:
             shares = (loss.size, loss.predicted, loss.measured, loss.unmoved)
             rows.append((loss.path, loss.format, *(f"{100 * x:.2g}%" for x in shares)))
-        return table(heads, rows)
+        return markdown_table(heads, rows)
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastweights._tables import markdown_table
 from fastweights.adapters.activate import disabled
 from fastweights.adapters.rules import paths
-from fastweights.adapters.tables import table
 from fastweights.quantization.samples import read_samples
 
 __all__ = ["AttentionNorms", "NormReport", "lora_norm_report", "polynomial_attention"]
@@ -76,7 +76,7 @@ class NormReport:
             rows.append(
                 (n.path, *(f"{x:.3g}" for x in (*sizes, n.ratio)), f"{low:.3g}..{high:.3g}")
             )
-        return table((*heads, "logits"), rows)
+        return markdown_table((*heads, "logits"), rows)
 
 
 @torch.no_grad()

@@ -14,8 +14,10 @@ from fastweights.ops.lora.functional import lora_linear
 
 __all__ = ["together"]
 
-# The weights of some layers, stacked, by the first layer: with what they were stacked from.
-_stacks: WeakKeyDictionary[nn.Module, tuple[Any, Tensor, Tensor | None]] = WeakKeyDictionary()
+# The weights of some layers, stacked, by the first layer: with what they were stacked from. That is
+# kept, so that its memory is not given to another weight, which would look the same.
+_Stack = tuple[Any, list[Tensor], tuple[Tensor, Tensor | None]]
+_stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
 
 
 def together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -68,8 +70,8 @@ def _stack(layers: Sequence[LoRALinear]) -> tuple[Tensor, Tensor | None] | None:
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     parts = [*weights, *(b for b in biases if b is not None)]
     alike = len({(p.dtype, p.device) for p in parts}) == 1 and len({b is None for b in biases}) == 1
-    if not alike or any(p.requires_grad for p in parts):
-        return None
+    if not alike or any(p.requires_grad or p.is_inference() for p in parts):
+        return None  # the weights are trained, or do not tell when they change
     dtype = weights[0].dtype
     if torch.is_autocast_enabled("cpu") and dtype == torch.float32:
         dtype = torch.get_autocast_dtype("cpu")
@@ -78,6 +80,7 @@ def _stack(layers: Sequence[LoRALinear]) -> tuple[Tensor, Tensor | None] | None:
     if found is None or found[0] != origin:
         with torch.no_grad():
             bias = None if biases[0] is None else torch.cat([b.to(dtype) for b in biases])
-            found = origin, torch.cat([w.to(dtype) for w in weights]), bias
+            weight = torch.cat([w.to(dtype) for w in weights])
+        found = origin, [p.detach() for p in parts], (weight, bias)
         _stacks[layers[0]] = found
-    return found[1:]
+    return found[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, overload
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastweights.training.causal_lm import decoder
+from fastweights.training.causal_lm import decoder, plain_output
 
 # Positions whose logits exist at one time.
 _LOGITS = 512
@@ -51,8 +51,8 @@ def perplexity(
     """Exp of the mean negative log-likelihood of a text's tokens.
 
     The text streams through the model's cache in chunks and the logits of 512 tokens exist at a
-    time: with a converted model, memory does not depend on the length. Works for softmax models,
-    whose cache grows, too.
+    time (of a chunk, where a model scales or bends them): with a converted model, memory does not
+    depend on the length. Works for softmax models, whose cache grows, too.
 
     Args:
         model: a Hugging Face causal language model.
@@ -77,8 +77,9 @@ def perplexity(
     total = torch.zeros(rows.shape[1] - 1, dtype=torch.float64)
     training = model.training
     model.eval()
+    plain = plain_output(model)
     for row in rows:
-        total += _token_losses(model, row[None], chunk)
+        total += _token_losses(model, row[None], chunk, plain)
     model.train(training)
     mean = total / len(rows)
     if edges is None:
@@ -87,7 +88,7 @@ def perplexity(
     return {f"{a}-{b}": math.exp(mean[a:b].mean().item()) for a, b in spans if a < len(mean)}
 
 
-def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
+def _token_losses(model: Any, row: Tensor, chunk: int, plain: bool) -> Tensor:
     """`[N − 1]` float64: −log p of the tokens after the first of `row` `[1, N]`."""
     from transformers import DynamicCache
 
@@ -98,11 +99,15 @@ def _token_losses(model: Any, row: Tensor, chunk: int) -> Tensor:
     cache, losses = cache_argument(body, DynamicCache(config=model.config)), []
     for start in range(0, row.shape[1] - 1, chunk):
         inputs = row[:, start : min(start + chunk, row.shape[1] - 1)]
-        hidden = body(input_ids=inputs, use_cache=True, **cache).last_hidden_state[0]
-        targets = row[0, start + 1 : start + 1 + len(hidden)]
+        targets = row[0, start + 1 : start + 1 + inputs.shape[1]].split(_LOGITS)
+        if plain:
+            hidden = body(input_ids=inputs, use_cache=True, **cache).last_hidden_state[0]
+            pieces: Iterator[Tensor] = (head(x) for x in hidden.split(_LOGITS))
+        else:
+            pieces = iter(model(input_ids=inputs, use_cache=True, **cache).logits[0].split(_LOGITS))
         losses += [
-            F.cross_entropy(head(x).float(), y, reduction="none").double()
-            for x, y in zip(hidden.split(_LOGITS), targets.split(_LOGITS), strict=True)
+            F.cross_entropy(logits.float(), y, reduction="none").double()
+            for logits, y in zip(pieces, targets, strict=True)
         ]
     return torch.cat(losses).cpu()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastweights._tables import markdown_table
 from fastweights.demo.results import Results
-from fastweights.testing.tables import markdown_table
 
 DEMO_STAGES = (
     "prepare",

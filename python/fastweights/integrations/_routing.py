@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,20 @@ def count(ours: Callable[..., Any], calls: Counter[str], name: str) -> Callable[
         return ours(*args, **kwargs)
 
     return counted
+
+
+@contextmanager
+def for_a_while(
+    patch: Callable[[], None], unpatch: Callable[[], None], is_patched: Callable[[], bool]
+) -> Iterator[None]:
+    """`patch` for the length of a ``with``; what was patched before stays so."""
+    before = is_patched()
+    patch()
+    try:
+        yield
+    finally:
+        if not before:
+            unpatch()
 
 
 class Attributes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -78,8 +78,7 @@ def unpatch() -> None:
     _exchanged.restore()
 
 
-@contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """`patch` for the length of a ``with``; what was patched before stays so.
 
     Example:
@@ -87,13 +86,7 @@ def patched() -> Iterator[None]:
         >>> with patched():
         ...     pass  # models called here use our op
     """
-    before = bool(_exchanged)
-    patch()
-    try:
-        yield
-    finally:
-        if not before:
-            unpatch()
+    return _routing.for_a_while(patch, unpatch, lambda: bool(_exchanged))
 
 
 def stats() -> dict[str, int]:

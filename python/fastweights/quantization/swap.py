@@ -39,7 +39,8 @@ def quantize_(
     """Quantize every `nn.Linear` of a model in place, to nearest or by a calibrated solver.
 
     Only modules whose type is exactly `nn.Linear` (and, with `embedding_format`, `nn.Embedding`)
-    are swapped; a base layer inside an adapter is one of them. Float layers are freed one by one.
+    are swapped; a base layer inside an adapter is one of them, what an adapter trains whole
+    (`modules_to_save`) is not. Float layers are freed one by one.
 
     Tied embeddings: a linear layer whose weight *is* the weight of an embedding is skipped unless
     `embedding_format` is given. Then both become quantized in that format and share one packed
@@ -154,6 +155,8 @@ def _plan(
     table_of: dict[int, int | None] = {}
     for name, module in modules:
         if type(module) not in (nn.Linear, nn.Embedding) or getattr(module, "max_norm", None):
+            continue
+        if "modules_to_save" in name.split("."):  # an adapter's own, which is trained
             continue
         table = id(module.weight) if id(module.weight) in tables else None
         if embeddings if table is not None else not skipped(name, module):

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastweights._tables import print_table
 from fastweights.testing import checks, machine, roofline
 from fastweights.testing.calls import cotangent, leaves_of
 from fastweights.testing.opspec import BenchCase, OpSpec, Peer, Sample, all_specs
 from fastweights.testing.results import HEADER, Row, cells, save
-from fastweights.testing.tables import print_table
 
 __all__ = ["bench", "time_case"]
 

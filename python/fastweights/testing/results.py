@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastweights._tables import markdown_table
 from fastweights.testing import roofline
-from fastweights.testing.tables import markdown_table
 
 __all__ = ["HEADER", "Row", "cells", "save"]
 

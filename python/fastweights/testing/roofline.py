@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fastweights._load import _C
+from fastweights._tables import print_table
 from fastweights.testing.levels import available_cpu_levels, cpu_level
-from fastweights.testing.tables import print_table
 
 __all__ = ["Roofline", "bandwidth", "measure", "peak_flops", "tile_share"]
 

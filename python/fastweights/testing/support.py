@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastweights._tables import print_table
 from fastweights.testing.opspec import OpSpec, all_specs
-from fastweights.testing.tables import print_table
 
 __all__ = ["HEADER", "print_support", "support_rows"]
 

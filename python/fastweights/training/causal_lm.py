@@ -99,7 +99,7 @@ def next_token_loss(model: Any, batch: Tensor, *, weight: float = 1.0, plain: bo
 @torch.no_grad()
 def plain_output(model: Any) -> bool:
     """Whether logits are what the output layer gives; some models scale or bend them."""
-    tokens = torch.arange(_PROBE)[None] % model.config.vocab_size
+    tokens = torch.arange(_PROBE, device=model.device)[None] % model.config.vocab_size
     head = model.get_output_embeddings()
     ours = head(hidden_states(model, tokens))
     logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from inspect import unwrap
 from typing import Any, NamedTuple
@@ -73,16 +73,9 @@ def unpatch() -> None:
     _repaired.restore()
 
 
-@contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """`patch` for the length of a ``with``; what was patched before stays so."""
-    before = _patched()
-    patch()
-    try:
-        yield
-    finally:
-        if not before:
-            unpatch()
+    return _routing.for_a_while(patch, unpatch, _patched)
 
 
 def stats() -> dict[str, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
@@ -61,8 +61,7 @@ def unpatch() -> None:
     _exchanged.restore()
 
 
-@contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """`patch` for the length of a ``with``; what was patched before stays so.
 
     Example:
@@ -70,13 +69,7 @@ def patched() -> Iterator[None]:
         >>> with patched():
         ...     pass  # models called here use our ops
     """
-    before = _FINDER in sys.meta_path
-    patch()
-    try:
-        yield
-    finally:
-        if not before:
-            unpatch()
+    return _routing.for_a_while(patch, unpatch, lambda: _FINDER in sys.meta_path)
 
 
 def stats() -> dict[str, int]:
