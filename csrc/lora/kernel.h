@@ -17,7 +17,7 @@ struct Block {
   int64_t first, count, rank, ranks, part;
 };
 
-constexpr int64_t kFewRows = 8, kManyRows = 32;  // of a task
+constexpr int64_t kManyRows = 32;  // of a task, at most
 
 struct Matrix {
   void* data;
@@ -45,6 +45,50 @@ struct UpdateArgs {
   const void *const *down, *const *up;
   Matrix c;  // columns: ranks of the block
   Dropout in_dropout, out_dropout;
+  // For the tile registers of AMX (tiles.cpp): what a block shrinks and expands by. Forward: down of its group, up of
+  // each part; backward: down of each part, up of its group.
+  const uint32_t *const *down_tiles, *const *up_tiles;
+};
+
+// B of a pair as it lies, [columns, ranks]; its ranks begin at `rank` of the term.
+struct Up {
+  Element element;
+  Matrix b;
+  double factor;
+  int64_t rank;
+};
+
+// What is added to outputs with one rounding: the sum over `ranks`, which c has from `column` on.
+struct Term {
+  int64_t column, ranks;
+  const Up* ups;
+  int64_t up_count;
+};
+
+constexpr int64_t kFewest = 32, kFewRanks = 8, kFewOutputs = 64;
+
+// kFewRanks ranks, from `rank` on, of the rows [first, first + count); `column` is where c has them.
+struct RanksTask {
+  int64_t first, count, rank, ranks, column;
+};
+
+// Up to kFewOutputs outputs of those rows: columns [begin, begin + columns) of out, which are the rows from `row` of B.
+struct OutputsTask {
+  int64_t first, count, begin, columns, row;
+  const Term* terms;
+  int64_t term_count;
+};
+
+// An update of at most kFewest rows of a group: what it takes is to have A and B out of memory, once and as they lie,
+// by all threads. First all of c, then out.
+struct FewArgs {
+  Element element;
+  const int64_t* order;
+  Matrix in, out, c;
+  const void* const* down;
+  Dropout in_dropout;
+  const RanksTask* ranks;
+  const OutputsTask* outputs;
 };
 
 constexpr int64_t kGradientColumns = 64, kGradientRows = 128;
@@ -60,6 +104,7 @@ struct GradientArgs {
   Matrix in, c, out;
   const double* factors;  // one per row of out
   Dropout in_dropout;
+  const uint32_t* const* c_tiles;  // for gradient_tiles, of each group
 };
 
 constexpr int64_t kTransposeRows = 128;
@@ -72,8 +117,43 @@ struct TransposeArgs {
   double factor;
 };
 
+// Rows of float [ranks][columns] as the tile registers read them, see tiles.cpp. Task: 32 columns of down, 16 of up.
+struct TilesArgs {
+  const void* const* rows;
+  int64_t ranks, columns;
+  bool up;
+  uint32_t* out;
+};
+
+// `ranks` columns of c, float, of a group's rows, likewise. Task: 32 rows.
+struct ColumnsArgs {
+  const int64_t* order;
+  Matrix c;
+  int64_t first, count, column, ranks;
+  uint32_t* out;
+};
+
+// In tiles; words.
+constexpr int64_t down_tiles_size(int64_t ranks, int64_t columns) {
+  return (columns + 31) / 32 * ((2 * ranks + 15) / 16) * 256;
+}
+constexpr int64_t c_tiles_size(int64_t rows, int64_t ranks) {
+  return (rows + 31) / 32 * ((2 * ranks + 15) / 16) * 256;
+}
+constexpr int64_t up_tiles_size(int64_t ranks, int64_t columns) {
+  return (columns + 15) / 16 * ((3 * ranks + 31) / 32) * 256;
+}
+
 FW_DECLARE_KERNEL(update, UpdateArgs)
+FW_DECLARE_KERNEL(shrink_few, FewArgs)
+FW_DECLARE_KERNEL(expand_few, FewArgs)
 FW_DECLARE_KERNEL(gradient, GradientArgs)
 FW_DECLARE_KERNEL(transpose, TransposeArgs)
+
+// The same for bfloat16 rows through the tile registers, at the level avx512_bf16 where the machine has them.
+FW_DECLARE_KERNEL(pack_tiles, TilesArgs)
+FW_DECLARE_KERNEL(update_tiles, UpdateArgs)
+FW_DECLARE_KERNEL(pack_c_tiles, ColumnsArgs)
+FW_DECLARE_KERNEL(gradient_tiles, GradientArgs)
 
 }  // namespace fastweights::lora

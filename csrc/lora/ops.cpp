@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -10,7 +11,9 @@
 #include "core/matrix_rows.h"
 #include "core/parallel.h"
 #include "lora/ops_adapters.h"
+#include "lora/ops_few.h"
 #include "lora/ops_routing.h"
+#include "lora/ops_tiles.h"
 
 namespace fastweights::lora {
 namespace {
@@ -21,7 +24,8 @@ Matrix matrix_of(const MatrixRows& rows, int64_t columns) {
 }
 
 void run_update(const Adapters& adapters, const Routing& routing, UpdateArgs& args) {
-  const std::vector<Block> blocks = routing.blocks();
+  const bool tiles = goes_by_tiles(args.element, routing);
+  const std::vector<Block> blocks = tiles ? routing.blocks(2, 16) : routing.blocks(8, 8);
   const std::vector<Part> parts = adapters.parts(routing);
   args.blocks = blocks.data();
   args.parts = parts.data();
@@ -29,8 +33,17 @@ void run_update(const Adapters& adapters, const Routing& routing, UpdateArgs& ar
   args.order = routing.order_data();
   if (blocks.empty()) return;
   const double flops = 2.0 * double(blocks[0].count * blocks[0].ranks * (args.in.columns + args.out.columns));
-  parallel_tasks(int64_t(blocks.size()), flops,
-                 [&](int64_t begin, int64_t end) { FW_KERNEL(update)(args, begin, end); });
+  if (tiles) {
+    const int64_t in_features = args.backward ? args.out.columns : args.in.columns;
+    const TileOperands operands(adapters, routing, parts, in_features, args.backward);
+    args.down_tiles = operands.down.data();
+    args.up_tiles = operands.up.data();
+    parallel_tasks(int64_t(blocks.size()), flops,
+                   [&](int64_t begin, int64_t end) { FW_KERNEL(update_tiles)(args, begin, end); });
+  } else {
+    parallel_tasks(int64_t(blocks.size()), flops,
+                   [&](int64_t begin, int64_t end) { FW_KERNEL(update)(args, begin, end); });
+  }
 }
 
 void run_gradient(const Routing& routing, const std::vector<Block>& groups, const std::vector<int64_t>& c_columns,
@@ -42,8 +55,13 @@ void run_gradient(const Routing& routing, const std::vector<Block>& groups, cons
   args.strips = (args.in.columns + kGradientColumns - 1) / kGradientColumns;
   const double rows = double(routing.M) / double(groups.size());
   const double flops = 2.0 * rows * double(routing.width * kGradientColumns);
-  parallel_tasks(args.strips * int64_t(groups.size()), flops,
-                 [&](int64_t begin, int64_t end) { FW_KERNEL(gradient)(args, begin, end); });
+  const auto run = [&](auto kernel) { parallel_tasks(args.strips * int64_t(groups.size()), flops, kernel); };
+  if (!goes_by_tiles(args.element, routing)) {
+    return run([&](int64_t begin, int64_t end) { FW_KERNEL(gradient)(args, begin, end); });
+  }
+  const ColumnTiles tiles(args.c, args.order, groups, c_columns);
+  args.c_tiles = tiles.of_groups.data();
+  run([&](int64_t begin, int64_t end) { FW_KERNEL(gradient_tiles)(args, begin, end); });
 }
 
 // dB of one projection after another: args.in is dy.
@@ -67,30 +85,88 @@ void run_gradients_of_b(const Adapters& adapters, const Routing& routing, const 
   }
 }
 
+// The update of y, its arguments checked.
+class Update {
+ public:
+  Update(const char* op, Tensor& y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
+         const OptionalTensor& segments, const OptionalTensor& indices, double dropout, const OptionalTensor& seed,
+         const std::vector<int64_t>& split)
+      : D_(row_size(op, "x", x, "in_features")),
+        O_(row_size(op, "y", y, "out_features")),
+        element_(element_of(x.scalar_type())),
+        y_(y),
+        input_(matrix_rows_of(x)),
+        adapters(op, x, D_, O_, lora_a, lora_b, scale, split),
+        routing(op, x, adapters.first, adapters.projections(), segments, indices),
+        dropout_(dropout_of(op, dropout, seed)) {
+    check_rows_of(op, "y", y, x);
+    check_contiguous(op, "y", y);
+  }
+
+  // c: [rows, ranks that a row meets]
+  void run(void* c) {
+    adapters.lay_out_a(routing);
+    routing.has_few_rows() ? run_few(c) : run_many(c);
+  }
+
+ private:
+  template <typename Args>
+  Args args(void* c) const {
+    Args args{};
+    args.element = element_;
+    args.in = matrix_of(input_, D_);
+    args.out = {y_.mutable_data_ptr(), O_, O_};
+    args.c = {c, routing.width, routing.width};
+    args.down = adapters.a_rows.data();
+    args.order = routing.order_data();
+    args.in_dropout = dropout_;
+    return args;
+  }
+
+  void run_few(void* c) {
+    auto given = args<FewArgs>(c);
+    FewTasks(adapters, routing).run(given);
+  }
+
+  void run_many(void* c) {
+    adapters.lay_out_b(routing);
+    auto given = args<UpdateArgs>(c);
+    given.up = adapters.b_rows.data();
+    run_update(adapters, routing, given);
+  }
+
+  int64_t D_, O_;
+  Element element_;
+  Tensor& y_;
+  MatrixRows input_;
+
+ public:
+  Adapters adapters;
+  const Routing routing;
+
+ private:
+  Dropout dropout_;
+};
+
 Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                     const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
                     const OptionalTensor& seed, const std::vector<int64_t>& split) {
-  constexpr const char* op = "lora_update_";
-  const int64_t D = row_size(op, "x", x, "in_features"), O = row_size(op, "y", y, "out_features");
-  check_rows_of(op, "y", y, x);
-  check_contiguous(op, "y", y);
-  Adapters adapters(op, x, D, O, lora_a, lora_b, scale, split);
-  const Routing routing(op, x, adapters.first, adapters.projections(), segments, indices);
-  const Dropout mask = dropout_of(op, dropout, seed);
-  adapters.lay_out(routing);
-  const MatrixRows input = matrix_rows_of(x);
-  Tensor c = routing.plain() ? torch::stable::new_empty(x, {routing.M, routing.width}, adapters.arithmetic)
-                             : torch::stable::new_zeros(x, {routing.M, routing.width}, adapters.arithmetic);
-  UpdateArgs args{};
-  args.element = element_of(x.scalar_type());
-  args.in = matrix_of(input, D);
-  args.out = {y.mutable_data_ptr(), O, O};
-  args.down = adapters.a_rows.data();
-  args.up = adapters.b_rows.data();
-  args.c = {c.data_ptr(), routing.width, routing.width};
-  args.in_dropout = mask;
-  run_update(adapters, routing, args);
-  return c;
+  Update update("lora_update_", y, x, lora_a, lora_b, scale, segments, indices, dropout, seed, split);
+  const std::vector<int64_t> sizes = {update.routing.M, update.routing.width};
+  const ScalarType type = update.adapters.arithmetic;
+  Tensor u =
+      update.routing.plain() ? torch::stable::new_empty(x, sizes, type) : torch::stable::new_zeros(x, sizes, type);
+  update.run(u.data_ptr());
+  return u;
+}
+
+// Without u, since even one more tensor is time that a single row takes notice of.
+void lora_add_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
+               const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
+               const OptionalTensor& seed, const std::vector<int64_t>& split) {
+  Update update("lora_add_", y, x, lora_a, lora_b, scale, segments, indices, dropout, seed, split);
+  const std::unique_ptr<char[]> u(new char[size_t(update.routing.M * update.routing.width * update.adapters.size())]);
+  update.run(u.get());
 }
 
 std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, const Tensor& x, const Tensor& u,
@@ -103,7 +179,8 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
   Adapters adapters(op, x, D, O, lora_a, lora_b, scale, split);
   const Routing routing(op, x, adapters.first, adapters.projections(), segments, indices);
   const Dropout mask = dropout_of(op, dropout, seed);
-  adapters.lay_out(routing);
+  adapters.lay_out_a(routing);
+  adapters.lay_out_b(routing);
   check_cpu(op, "u", u);
   check_dtype(op, "u", u, adapters.arithmetic, " (from x)");
   check_shape(op, "u", u, {routing.M, routing.width}, "[rows, ranks]", "x and lora_a");
@@ -158,6 +235,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
       "lora_update_(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments, "
       "Tensor? indices, float dropout, Tensor? seed, int[] split=[]) -> Tensor u");
   m.def(
+      "lora_add_(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, Tensor? segments=None, "
+      "Tensor? indices=None, float dropout=0., Tensor? seed=None, int[] split=[]) -> ()");
+  m.def(
       "lora_gradients(Tensor(a!)? dx, Tensor dy, Tensor x, Tensor u, Tensor[] lora_a, Tensor[] lora_b, Tensor scale, "
       "Tensor? segments, Tensor? indices, float dropout, Tensor? seed, int[] split=[]) -> (Tensor da, Tensor db)");
 }
@@ -165,5 +245,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastweights, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastweights, CPU, m) {
   using namespace fastweights::lora;
   m.impl("lora_update_", TORCH_BOX(&lora_update_));
+  m.impl("lora_add_", TORCH_BOX(&lora_add_));
   m.impl("lora_gradients", TORCH_BOX(&lora_gradients));
 }

@@ -93,7 +93,7 @@ struct Adapters {
   ScalarType arithmetic;
   std::vector<int64_t> first{0};  // rank of pair i among those of all; ends with their sum
   std::vector<double> factors;    // of a rank: the scale of its pair
-  // Set by `lay_out`, one per rank: A as it lies where its type is that of the arithmetic; Bᵀ times the scale.
+  // One per rank, set by `lay_out_a` and `lay_out_b`.
   std::vector<const void*> a_rows, b_rows;
 
   Adapters(const char* op, const Tensor& x, int64_t D, int64_t O, const Tensors& lora_a, const Tensors& lora_b,
@@ -131,6 +131,10 @@ struct Adapters {
   int64_t start(int64_t pair) const { return starts_[size_t(pair % projections())]; }
   int64_t outputs(int64_t pair) const { return starts_[size_t(pair % projections()) + 1] - start(pair); }
 
+  int64_t pairs_of_group(const Routing& routing) const {
+    return routing.routed ? projections() : int64_t(first.size()) - 1;
+  }
+
   // Of all groups, each with as many: one of all ranks where there is one projection, else one for each pair.
   std::vector<Part> parts(const Routing& routing) const {
     std::vector<Part> parts;
@@ -139,40 +143,55 @@ struct Adapters {
         parts.push_back({0, g.ranks, 0, out_features_});
         continue;
       }
-      const int64_t count = routing.routed ? projections() : int64_t(first.size()) - 1;
-      for (int64_t i = g.part; i < g.part + count; ++i) {
+      for (int64_t i = g.part; i < g.part + pairs_of_group(routing); ++i) {
         parts.push_back({first[size_t(i)] - g.rank, first[size_t(i) + 1] - first[size_t(i)], start(i), outputs(i)});
       }
     }
     return parts;
   }
 
-  // Only for adapters that rows meet: a server holds hundreds, of which a batch asks for a few.
-  void lay_out(const Routing& routing) {
-    const int64_t size = arithmetic == ScalarType::Double ? sizeof(double) : sizeof(float),
-                  ld = out_features_ + kPadding;
+  // A as it is read. Only for adapters that rows meet: a server holds hundreds, of which a batch asks for a few.
+  void lay_out_a(const Routing& routing) {
     a_rows.resize(size_t(ranks()));
-    b_rows.resize(size_t(ranks()));
-    transposed_.reset(new char[size_t(ranks() * ld * size)]);
     for (size_t i = 0; i < lora_a_.size(); ++i) {
       if (!routing.reaches(first[i], first[i + 1])) continue;
-      a_.push_back(with_contiguous_last(in_dtype(lora_a_[i], arithmetic)));
-      const ScalarType b_type = lora_b_[i].scalar_type();
-      const bool wide = arithmetic == ScalarType::Double || b_type == ScalarType::Double;
-      const Tensor b = with_contiguous_last(wide ? in_dtype(lora_b_[i], arithmetic) : lora_b_[i]);
+      kept_.push_back(with_contiguous_last(in_dtype(lora_a_[i], arithmetic)));
+      const Tensor& a = kept_.back();
       for (int64_t r = first[i]; r < first[i + 1]; ++r) {
-        a_rows[size_t(r)] =
-            static_cast<const char*>(a_.back().data_ptr()) + (r - first[i]) * a_.back().stride(0) * size;
-        b_rows[size_t(r)] = transposed_.get() + r * ld * size;
+        a_rows[size_t(r)] = static_cast<const char*>(a.data_ptr()) + (r - first[i]) * a.stride(0) * size();
       }
-      run_transpose({element_of(b.scalar_type()),
-                     element_of(arithmetic),
-                     {b.data_ptr(), b.stride(0), first[i + 1] - first[i]},
-                     {transposed_.get() + first[i] * ld * size, ld, outputs(int64_t(i))},
-                     outputs(int64_t(i)),
-                     factors[size_t(first[i])]});
     }
   }
+
+  // B turned, times its scale.
+  void lay_out_b(const Routing& routing) {
+    const int64_t ld = out_features_ + kPadding;
+    b_rows.resize(size_t(ranks()));
+    transposed_.reset(new char[size_t(ranks() * ld * size())]);
+    for (size_t i = 0; i < lora_b_.size(); ++i) {
+      if (!routing.reaches(first[i], first[i + 1])) continue;
+      for (int64_t r = first[i]; r < first[i + 1]; ++r) b_rows[size_t(r)] = transposed_.get() + r * ld * size();
+      const Up b = up(i);
+      run_transpose({b.element,
+                     element_of(arithmetic),
+                     b.b,
+                     {transposed_.get() + first[i] * ld * size(), ld, outputs(int64_t(i))},
+                     outputs(int64_t(i)),
+                     b.factor});
+    }
+  }
+
+  // B of a pair as it lies, where its type can be turned into that of the arithmetic by a kernel.
+  Up up(size_t pair) {
+    const ScalarType type = lora_b_[pair].scalar_type();
+    const bool wide = arithmetic == ScalarType::Double || type == ScalarType::Double;
+    kept_.push_back(with_contiguous_last(wide ? in_dtype(lora_b_[pair], arithmetic) : lora_b_[pair]));
+    const Tensor& b = kept_.back();
+    const int64_t rank = first[pair + 1] - first[pair];
+    return {element_of(b.scalar_type()), {b.data_ptr(), b.stride(0), rank}, rank ? factors[size_t(first[pair])] : 0, 0};
+  }
+
+  int64_t size() const { return arithmetic == ScalarType::Double ? sizeof(double) : sizeof(float); }
 
   int64_t size_of_b() const {
     int64_t size = 0;
@@ -182,18 +201,17 @@ struct Adapters {
 
   // Gradients of padded rows to one [out_features, rank] after the other.
   void transpose_back(const Tensor& rows, Tensor& flat) const {
-    const int64_t size = arithmetic == ScalarType::Double ? sizeof(double) : sizeof(float),
-                  ld = out_features_ + kPadding;
+    const int64_t ld = out_features_ + kPadding;
     char* to = static_cast<char*>(flat.data_ptr());
     for (size_t i = 0; i < lora_a_.size(); ++i) {
       const int64_t rank = first[i + 1] - first[i], O = outputs(int64_t(i));
       run_transpose({element_of(arithmetic),
                      element_of(arithmetic),
-                     {static_cast<char*>(rows.data_ptr()) + first[i] * ld * size, ld, O},
+                     {static_cast<char*>(rows.data_ptr()) + first[i] * ld * size(), ld, O},
                      {to, rank, rank},
                      rank,
                      1.0});
-      to += rank * O * size;
+      to += rank * O * size();
     }
   }
 
@@ -201,7 +219,7 @@ struct Adapters {
   int64_t out_features_;
   std::vector<int64_t> starts_;
   const Tensors &lora_a_, &lora_b_;
-  Tensors a_;
+  Tensors kept_;
   std::unique_ptr<char[]> transposed_;
 };
 

@@ -61,13 +61,17 @@ struct Routing {
 
   // Whether every row meets all that `width` has room for.
   bool plain() const { return groups.size() == 1 && groups[0].count == M && groups[0].ranks == width; }
+  bool has_few_rows() const {
+    return std::all_of(groups.begin(), groups.end(), [](const Block& g) { return g.count <= kFewest; });
+  }
   const int64_t* order_data() const { return order.empty() ? nullptr : order.data(); }
 
-  std::vector<Block> blocks() const {
+  // Of kManyRows rows where that makes `enough` of them, else of `few`.
+  std::vector<Block> blocks(int64_t enough, int64_t few) const {
     std::vector<Block> blocks;
     for (const Block& g : groups) {
       if (g.ranks == 0) continue;
-      const int64_t size = g.count >= 8 * kManyRows ? kManyRows : kFewRows;
+      const int64_t size = g.count >= enough * kManyRows ? kManyRows : few;
       for (int64_t i = 0; i < g.count; i += size)
         blocks.push_back({g.first + i, std::min(size, g.count - i), g.rank, g.ranks, g.part});
     }

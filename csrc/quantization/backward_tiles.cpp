@@ -106,8 +106,8 @@ static void run(const BackwardArgs& a, int64_t begin, int64_t end) {
       for (int64_t k = 0; k * kSide < inputs.padded; k += 2) {
         const TileRows pair{reinterpret_cast<const uint32_t*>(panel) + k * kPanel * kTile, kPanel * kTile, kTile};
         for (int64_t m = 0; m < columns; m += 2) {
-          tile_block(2, columns - m, pair, {dy + m * kTile, kTile, step}, tiles, dx + k * step + m * kTile, step,
-                     kTile);
+          tile_block(2, columns - m, pair, {dy + m * kTile, kTile, step}, tiles, Sums::go_on, dx + k * step + m * kTile,
+                     step, kTile);
         }
       }
     }

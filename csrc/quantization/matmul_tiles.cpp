@@ -129,8 +129,8 @@ static void run(const MatmulArgs& a, int64_t begin, int64_t end) {
       for (int64_t s = 0; s < strips; s += 2) {
         for (int64_t r = 0; r < row_tiles; r += 2) {
           tile_block(row_tiles - r, strips - s, {x + r * tiles * kTile, tiles * kTile, kTile},
-                     {panel + s * panel_words, panel_words, kTile}, terms, sums + s * sums_size + r * kTile, kTile,
-                     sums_size);
+                     {panel + s * panel_words, panel_words, kTile}, terms, Sums::go_on,
+                     sums + s * sums_size + r * kTile, kTile, sums_size);
         }
       }
     }

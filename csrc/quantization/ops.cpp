@@ -2,11 +2,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "core/bf16_tiles.h"
 #include "core/cpu_level.h"
 #include "core/matrix_rows.h"
 #include "core/parallel.h"
 #include "quantization/ops_activations.h"
-#include "quantization/ops_tiles.h"
 #include "quantization/ops_weight.h"
 
 namespace fastweights::quantization {

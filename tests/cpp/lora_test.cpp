@@ -64,6 +64,49 @@ FW_TEST(lora_update) {
   FW_AT_LEVELS(update, check_update)
 }
 
+static void check_few(const char* level, decltype(&baseline::shrink_few) shrink,
+                      decltype(&baseline::shrink_few) expand) {
+  const Adapter in;
+  Numbers x = in.x, y = in.y, c(in.kCount * in.kRank, NAN), b(in.kOut * in.kRank);
+  for (int64_t r = 0; r < in.kRank; ++r) {
+    for (int64_t o = 0; o < in.kOut; ++o) b[o * in.kRank + r] = in.b[r * in.kOut + o] / 2;
+  }
+  const int64_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 11, 10};
+  // Ranks in two tasks; B as two pairs of one term.
+  const RanksTask ranks[] = {{0, 12, 0, 3, 0}, {0, 12, 3, 2, 3}};
+  const Up ups[] = {{Element::f32, {b.data(), in.kRank, 4}, 2.0, 0},
+                    {Element::f32, {b.data() + 4, in.kRank, 1}, 2.0, 4}};
+  const Term term{0, in.kRank, ups, 2};
+  const OutputsTask outputs[] = {{0, 12, 0, kFewOutputs, 0, &term, 1},
+                                 {0, 12, kFewOutputs, in.kOut - kFewOutputs, kFewOutputs, &term, 1}};
+  FewArgs args{};
+  args.element = Element::f32;
+  args.order = order;
+  args.in = {x.data(), in.kIn, in.kIn};
+  args.out = {y.data(), in.kOut, in.kOut};
+  args.c = {c.data(), in.kRank, in.kRank};
+  args.down = in.down.data();
+  args.ranks = ranks;
+  args.outputs = outputs;
+  shrink(args, 0, 2);
+  expand(args, 0, 2);
+  for (int64_t m = 0; m < in.kCount; ++m) {
+    for (int64_t o = 0; o < in.kOut; ++o) {
+      double expected = in.y[m * in.kOut + o];
+      for (int64_t r = 0; m != 9 && r < in.kRank; ++r) expected += in.u(m, r) * in.b[r * in.kOut + o];
+      near(level, y[m * in.kOut + o], expected, 1e-5);
+    }
+    for (int64_t r = 0; m != 9 && r < in.kRank; ++r) near(level, c[m * in.kRank + r], in.u(m, r), 1e-5);
+  }
+}
+
+#define FW_FEW_AT(level) \
+  if (self_test::runs(#level)) check_few(#level, &level::shrink_few, &level::expand_few);
+
+FW_TEST(lora_few) {
+  FW_FOR_EACH_LEVEL(FW_FEW_AT)
+}
+
 static void check_gradient(const char* level, decltype(&baseline::gradient) gradient) {
   constexpr int64_t kCount = kGradientRows + 3, kIn = kGradientColumns + 5, kRank = 3;
   Numbers x = normal(kCount * kIn, 1), c = normal(kCount * kRank, 2), out(kRank * kIn, NAN);

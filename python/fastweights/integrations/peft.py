@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from fastweights.adapters.base import bias_of, is_linear, matrix_of
 from fastweights.integrations import _routing
 from fastweights.ops._common import reference_forced
-from fastweights.ops.lora.functional import lora_linear
+from fastweights.ops.lora.functional import add_updates, lora_linear
 
 __all__ = ["patch", "patched", "stats", "unpatch"]
 
@@ -27,7 +27,6 @@ _TENSORS = (Tensor, nn.Parameter)
 _REFERENCE = reference_forced()
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _is_compiling = torch.compiler.is_compiling
-_update = torch.ops.fastweights.lora_update_.default
 
 _calls: Counter[str] = Counter()
 _exchanged = _routing.Attributes()
@@ -120,7 +119,7 @@ def _routed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             )  # fmt: skip
         else:
             y = base(x)
-            _update(y, x, *call)
+            add_updates(y, x, call)
         if not compiling:
             _calls[_NAME] += 1
         return y

@@ -39,7 +39,8 @@ def _call(
     return sample(x, w, b if bias else None, lora_a, lora_b, scale, **options)
 
 
-# Blocks have 8 rows, and 32 where there are many; gradients go by 64 columns and 128 rows.
+# Up to 32 rows of an adapter are few; blocks have 8 rows, and 32 where there are many; tiles have
+# 16 rows; gradients go by 64 columns and 128 rows.
 def _samples(dtype: torch.dtype) -> Sequence[Sample]:
     seed = torch.tensor(-7)
     return [
@@ -55,6 +56,9 @@ def _samples(dtype: torch.dtype) -> Sequence[Sample]:
             dtype, (2, 3), 6, 4, [1, 2], indices=torch.tensor([[1, 0, 1], [-1, 0, 1]]).int(),
             dropout=0.3, seed=seed,
         ),
+        _call(dtype, (16,), 300, 131, [19, 2]),
+        _call(dtype, (50,), 34, 66, [17]),
+        _call(dtype, (170,), 5, 40, [2, 9], indices=torch.arange(170) * 7 % 3 - 1),
         _call(dtype, (0, 3), 6, 4, [2]),
         _call(dtype, (3,), 6, 4, []),
         _call(dtype, (3,), 6, 4, [0, 2]),

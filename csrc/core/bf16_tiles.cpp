@@ -1,4 +1,4 @@
-#include "quantization/ops_tiles.h"
+#include "core/bf16_tiles.h"
 
 #include "core/cpu_level.h"
 
@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-namespace fastweights::quantization {
+namespace fastweights {
 namespace {
 
 bool detect() noexcept {
@@ -35,4 +35,4 @@ bool has_bf16_tiles() noexcept {
 #endif
 }
 
-}  // namespace fastweights::quantization
+}  // namespace fastweights
