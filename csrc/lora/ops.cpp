@@ -18,6 +18,8 @@
 namespace fastweights::lora {
 namespace {
 
+constexpr const char* op = "lora_linear";  // what people call
+
 // Kernels only read what they call in.
 Matrix matrix_of(const MatrixRows& rows, int64_t columns) {
   return {const_cast<void*>(rows.data), rows.stride, columns};
@@ -88,7 +90,7 @@ void run_gradients_of_b(const Adapters& adapters, const Routing& routing, const 
 // The update of y, its arguments checked.
 class Update {
  public:
-  Update(const char* op, Tensor& y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
+  Update(Tensor& y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
          const OptionalTensor& segments, const OptionalTensor& indices, double dropout, const OptionalTensor& seed,
          const std::vector<int64_t>& split)
       : D_(row_size(op, "x", x, "in_features")),
@@ -151,7 +153,7 @@ class Update {
 Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                     const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
                     const OptionalTensor& seed, const std::vector<int64_t>& split) {
-  Update update("lora_update_", y, x, lora_a, lora_b, scale, segments, indices, dropout, seed, split);
+  Update update(y, x, lora_a, lora_b, scale, segments, indices, dropout, seed, split);
   const std::vector<int64_t> sizes = {update.routing.M, update.routing.width};
   const ScalarType type = update.adapters.arithmetic;
   Tensor u =
@@ -164,7 +166,7 @@ Tensor lora_update_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tens
 void lora_add_(Tensor y, const Tensor& x, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
                const OptionalTensor& seed, const std::vector<int64_t>& split) {
-  Update update("lora_add_", y, x, lora_a, lora_b, scale, segments, indices, dropout, seed, split);
+  Update update(y, x, lora_a, lora_b, scale, segments, indices, dropout, seed, split);
   const std::unique_ptr<char[]> u(new char[size_t(update.routing.M * update.routing.width * update.adapters.size())]);
   update.run(u.get());
 }
@@ -173,7 +175,6 @@ std::tuple<Tensor, Tensor> lora_gradients(OptionalTensor dx, const Tensor& dy, c
                                           const Tensors& lora_a, const Tensors& lora_b, const Tensor& scale,
                                           const OptionalTensor& segments, const OptionalTensor& indices, double dropout,
                                           const OptionalTensor& seed, const std::vector<int64_t>& split) {
-  constexpr const char* op = "lora_gradients";
   const int64_t D = row_size(op, "x", x, "in_features"), O = row_size(op, "dy", dy, "out_features");
   check_rows_of(op, "dy", dy, x);
   Adapters adapters(op, x, D, O, lora_a, lora_b, scale, split);

@@ -144,6 +144,8 @@ def _contenders(
 
     calls = _calls(spec, case, dtype, backward)
     found = [_Contender("fastweights", work(spec.function, calls), threads=threads)]
+    if spec.matmul and dtype == torch.float32:
+        found.append(_Contender("fastweights, medium", found[0].call, "medium", threads))
     if not backward and threads > 1:
         found.append(_Contender("one thread", found[0].call, threads=1))
     if case.reference:

@@ -163,6 +163,7 @@ class OpSpec:
             must continue a prefix. It is called with every keyword of the sample that it accepts.
         bench: shapes for `fastweights bench`.
         peers: rivals in the benchmark.
+        matmul: as of `Peer`: the op itself leaves its time to torch's float32 matmul.
         oracle_dtype: dtype that floating arguments are widened to for the reference; None leaves
             them (for ops whose result depends on the dtype, such as quantizers).
         sums_by_order: what is summed in an order that the memory order of the arguments decides,
@@ -185,6 +186,7 @@ class OpSpec:
     step: Callable[..., Any] | None = None
     bench: Sequence[BenchCase] = ()
     peers: Sequence[Peer] = ()
+    matmul: bool = False
     oracle_dtype: torch.dtype | None = torch.float64
     sums_by_order: tuple[str, ...] = ()
     exports: bool = True

@@ -240,6 +240,7 @@ SPECS = [
         gradcheck=_gradcheck,
         bad_inputs=_BAD_INPUTS,
         bench=_BENCH,
+        matmul=True,
         peers=[lora.BASE, lora.PEFT, lora.PEFT_BITSANDBYTES],
         sums_by_order=("outputs", "gradients"),  # torch's own product
     ),
