@@ -22,10 +22,12 @@ from fastweights.adapters import (
     adapter_names,
     combine,
     disabled,
+    load_peft,
     merge,
     merge_report,
     per_sample,
     remove,
+    save_peft,
     to_lora,
     unmerge,
 )
@@ -158,6 +160,23 @@ def test_a_lora_of_twice_the_rank_is_the_trained_model(name, rslora):
     assert ours.head.lora_A["default"].requires_grad
     with pytest.raises(ValueError, match="to_lora: expected an adapter that changed the base"):
         to_lora(ours, "default")
+
+
+def test_a_scale_that_was_changed_leaves_the_start_as_it_was(tmp_path):
+    ours, x = adapted(PiSSA(rank=4)), given()
+    shake(ours)
+    for layer in adapter_layers(ours):
+        layer.set_scale("default", 0.0)
+    for refused in (to_lora, lambda m, n: save_peft(m, tmp_path, name=n)):
+        with pytest.raises(ValueError, match="expected a scale of 'default' that is not 0"):
+            refused(ours, "default")
+    for layer in adapter_layers(ours):
+        layer.set_scale("default", 0.5)
+    expected = ours(x)
+    save_peft(ours, tmp_path)
+    torch.testing.assert_close(load_peft(wide(), tmp_path)(x), expected, rtol=1e-5, atol=1e-5)
+    to_lora(ours, "default")
+    torch.testing.assert_close(ours(x), expected, rtol=1e-11, atol=1e-11)
 
 
 def weight_change(layer):

@@ -162,6 +162,13 @@ class LoRALinear(LoRALayer):
         del self.initial_A[name], self.initial_B[name], self._initial_scaling[name]
         self.refresh()
 
+    def start_taken_back(self, name: str) -> tuple[Tensor, Tensor]:
+        """The A and B that subtract, at the adapter's scale, what its start added."""
+        if self.scaling[name] == 0:
+            raise ValueError(f"LoRA: expected a scale of {name!r} that is not 0")
+        ratio = self._initial_scaling[name] / self.scaling[name]
+        return self.initial_A[name].detach(), -ratio * self.initial_B[name].detach()
+
     def float_base(self) -> nn.Module:
         """The base, if its weight can be changed."""
         base = self.base_layer

@@ -111,9 +111,9 @@ def _plain(
     for path, layer in layers.items():
         assert isinstance(layer, LoRALinear)
         a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
-        ratio = layer._initial_scaling[name] / layer.scaling[name]
-        tensors[a] = torch.cat([tensors[a], layer.initial_A[name]])
-        tensors[b] = torch.cat([tensors[b], -ratio * layer.initial_B[name]], 1)
+        start = layer.start_taken_back(name)
+        tensors[a] = torch.cat([tensors[a], start[0]])
+        tensors[b] = torch.cat([tensors[b], start[1]], 1)
     return doubled(config)
 
 

@@ -19,16 +19,18 @@ __all__ = ["doubled", "to_lora"]
 def to_lora(model: nn.Module, name: str) -> None:
     """Makes an adapter of PiSSA or CorDA a LoRA of twice the rank, for the base as it was.
 
-    s B A - s B₀ A₀ is what training changed: A' = [A; A₀], B' = [B, -B₀], with alpha doubled (times
-    √2 with `rslora`), so that s stays. The base gets back what was taken out of it, with one
-    rounding. Active adapters stay active.
+    s B A - s₀ B₀ A₀ is what training changed, s₀ being s unless `set_scale` changed it:
+    A' = [A; A₀], B' = [B, -(s₀/s) B₀], with alpha doubled (times √2 with `rslora`), so that s
+    stays. The base gets back what was taken out of it, with one rounding. Active adapters stay
+    active.
 
     Args:
         model: with the adapter, unmerged.
         name: of the adapter.
 
     Raises:
-        ValueError: the model does not have it, it left the base as it is, is merged, or has DoRA.
+        ValueError: the model does not have it, it left the base as it is, is merged, has DoRA, or
+            its scale is 0.
         TypeError: the base was quantized since.
 
     Example:
@@ -50,17 +52,15 @@ def to_lora(model: nn.Module, name: str) -> None:
         raise ValueError(f"to_lora: expected an adapter without DoRA, got {name!r}")
     for linear in changed:
         linear.float_base()
+        linear.start_taken_back(name)  # refuses before anything is changed
     config = doubled(old)
     for layer in layers:
         layer.configs[name] = config
     for linear in changed:
-        for parts, initial, axis in (
-            (linear.lora_A, linear.initial_A, 0),
-            (linear.lora_B, linear.initial_B, 1),
-        ):
-            first = initial[name] if axis == 0 else -initial[name]
-            trained = parts[name].requires_grad
-            parts[name] = nn.Parameter(torch.cat([parts[name], first], axis), trained)
+        start = linear.start_taken_back(name)
+        for axis, parts in enumerate((linear.lora_A, linear.lora_B)):
+            both = torch.cat([parts[name].detach(), start[axis]], axis)
+            parts[name] = nn.Parameter(both, parts[name].requires_grad)
         linear.give_back(name)
 
 
