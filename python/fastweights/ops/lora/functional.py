@@ -21,6 +21,7 @@ __all__ = ["lora_linear"]
 
 _ops = torch.ops.fastweights
 _add = _ops.lora_add_.default
+_quantized = _ops.quantized_linear.default
 
 
 def lora_linear(
@@ -171,7 +172,7 @@ def _base(
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if format:
-        y: Tensor = _ops.quantized_linear(x, weight, bias, format, n, k, group_size, activation)
+        y: Tensor = _quantized(x, weight, bias, format, n, k, group_size, activation)
         return y
     try:
         return F.linear(x, weight, bias)
