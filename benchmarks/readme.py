@@ -100,7 +100,35 @@ def draw(rows):
     figure.savefig(CHART, metadata={"Date": None})
 
 
+def overhead():
+    result = json.loads((RESULTS / "lora.json").read_text())["lora_linear"]
+    times = {(r["case"], r["dtype"], r["contender"]): r for r in result["rows"]}
+    cases = dict.fromkeys(r["case"] for r in result["rows"] if r["case"].startswith("float M"))
+    cells = []
+    for case in cases:
+        if "adapters" in case:
+            continue
+        m, d, r = (int(word[1:]) for word in case.split()[1:])
+        row, steps = [str(m), str(d), str(r), f"{200 * r / d:.0f}"], []
+        for dtype, end in (("float32", ", highest"), ("bfloat16", "")):
+            names = ("the bare base" + end, "fastweights", "peft" + end)
+            bare, ours, peft = (times[case, dtype, name] for name in names)
+            row += [str(round(100 * (t["forward"] / bare["forward"] - 1))) for t in (ours, peft)]
+            steps.append(f"{peft['both'] / ours['both']:.2f}" if ours["both"] else "")
+        cells.append([*row, *steps])
+    header = ["rows", "D", "r", "2r/D, %"]
+    for dtype in ("float32", "bfloat16"):
+        header += [f"{dtype}: ours, %", "PEFT, %"]
+    header += ["step, float32: PEFT / ours", "bfloat16"]
+    machine = result["machine"]
+    return (
+        f"{markdown_table(header, cells)}\n\n"
+        f"On {machine['threads']} threads of {machine['cpu']} ({machine['cpu level'].split()[0]})."
+    )
+
+
 PAGES = {
+    "docs/lora.md": (overhead,),
     "README.md": (demo, chart, support),
     "docs/linearize.md": (perplexity, speed, time),
 }

@@ -11,7 +11,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns; columns of numbers are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     numeric = [
-        bool(rows) and all(row[i][:1].isdigit() or not row[i].strip("-") for row in rows)
+        bool(rows)
+        and all(row[i].lstrip("-")[:1].isdigit() or not row[i].strip("-") for row in rows)
         for i in range(len(header))
     ]
 
