@@ -90,6 +90,17 @@ def test_rows_move_with_their_adapters():
     assert torch.equal(moved, y[order])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("few", [1, 5, 32])
+def test_few_rows_get_the_bits_that_they_get_among_many(few, dtype):
+    x, weight, lora_a, lora_b, scale = layer(dtype, rows=70, ranks=(4, 19))
+    options = {"dropout": 0.3, "seed": torch.tensor(1)}
+    nothing = torch.zeros_like(weight)  # torch's own product goes by the number of rows
+    many = fw.lora_linear(x, nothing, None, lora_a, lora_b, scale, **options)
+    y = fw.lora_linear(x[:few], nothing, None, lora_a, lora_b, scale, **options)
+    assert torch.equal(y, many[:few])
+
+
 def test_ranks_may_be_filled_up_with_zeros():
     x, weight, lora_a, lora_b, scale = layer(ranks=(4, 2))
     y = fw.lora_linear(x, weight, None, lora_a, lora_b, scale)

@@ -226,7 +226,7 @@ def _bench(m: int, d: int, rank: int, format: str | None = None, adapters: int =
 
 _BENCH = [_bench(m, d, r) for d in (768, 2048, 4096) for r in (8, 64) for m in (1, 16, 512)]
 _BENCH += [_bench(512, 2048, 16), _bench(32, 2048, 16, adapters=8)]
-_BENCH += [_bench(m, 2048, 16, "int4") for m in (1, 512)]
+_BENCH += [_bench(m, 2048, 16, "nf4") for m in (1, 512)]
 
 SPECS = [
     OpSpec(
