@@ -21,7 +21,7 @@ import torch
 
 import fastweights as fw
 from fastweights import data
-from fastweights._tables import markdown_table
+from fastweights._tables import filled_section, markdown_table
 from fastweights.adapters import LoRA
 from fastweights.demo.model import smollm2
 from fastweights.generation.memory import release_free_memory
@@ -173,9 +173,7 @@ def main(cases, out=RESULTS, page=PAGE):
         results = {case: results[case] for case in CASES if case in results}
         out.write_text(json.dumps(results, indent=1) + "\n")
         out.with_suffix(".md").write_text(document(results))
-        before, begin, rest = page.read_text().partition("<!-- finetune -->\n")
-        _, end, after = rest.partition("<!-- /finetune -->")
-        page.write_text(f"{before}{begin}\n{table(results)}\n\n{end}{after}")
+        page.write_text(filled_section(page.read_text(), "finetune", table(results)))
 
 
 if __name__ == "__main__":

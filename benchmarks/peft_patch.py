@@ -18,7 +18,7 @@ from fastweights.integrations.peft import patch, unpatch
 
 def model(features, layers, dtype):
     stack = nn.Sequential(
-        *[nn.Linear(features, features, False, dtype=dtype) for _ in range(layers)]
+        *[nn.Linear(features, features, bias=False, dtype=dtype) for _ in range(layers)]
     )
     config = LoraConfig(r=16, target_modules=[str(i) for i in range(layers)])
     return get_peft_model(stack, config)

@@ -8,7 +8,7 @@ benchmarks/results/demo.json, which `make report` writes.
 import json
 from pathlib import Path
 
-from fastweights._tables import markdown_table
+from fastweights._tables import filled_section, markdown_table
 from fastweights.demo import tables
 from fastweights.demo.results import Results
 from fastweights.testing.support import HEADER, support_rows
@@ -138,12 +138,7 @@ def filled(page):
     """The text of a page with its generated sections made anew."""
     text = (ROOT / page).read_text()
     for section in PAGES[page]:
-        name = section.__name__
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        assert found and closed, f"{page} has no section {name}"
-        text = f"{before}{begin}\n{section()}\n\n{end}{after}"
+        text = filled_section(text, section.__name__, section())
     return text
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import fastweights as fw
 from fastweights import data
-from fastweights._tables import markdown_table
+from fastweights._tables import filled_section, markdown_table
 from fastweights.demo.model import Text, smollm2
 from fastweights.nn import QuantizedLinear
 from fastweights.quantization import AWQ, GPTQ, RoundToNearest, SmoothQuantPlus
@@ -119,9 +119,7 @@ def main(cases, out=RESULTS, page=PAGE):
         print(case, results[case], flush=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
         out.with_suffix(".md").write_text(document(results))
-        before, begin, rest = page.read_text().partition("<!-- solvers -->\n")
-        _, end, after = rest.partition("<!-- /solvers -->")
-        page.write_text(f"{before}{begin}\n{table(results)}\n\n{end}{after}")
+        page.write_text(filled_section(page.read_text(), "solvers", table(results)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["markdown_table", "print_table"]
+__all__ = ["filled_section", "markdown_table", "print_table"]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,3 +45,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # Too narrow a terminal wraps lines; rich would rather cut the numbers off.
     width = sum(2 + max(map(len, column)) for column in zip(header, *rows, strict=True))
     Console(width=max(width, Console().width)).print(table)
+
+
+def filled_section(page: str, name: str, content: str) -> str:
+    """A page with new content between its comments `name` and `/name`."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"expected a page with a section {name}, got none")
+    return f"{before}{begin}\n{content}\n\n{end}{after}"
