@@ -7,9 +7,9 @@ namespace fastweights::lora::FW_LEVEL {
 template <typename S>
 static void shrink_ranks(const FewArgs& a, const RanksTask& t) {
   using T = Compute<S>;
-  const S* in[kFewest];
-  T* c[kFewest];
-  uint64_t keys[kFewest] = {};
+  const S* in[kFewRows];
+  T* c[kFewRows];
+  uint64_t keys[kFewRows] = {};
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t m = row_number(a.order, t.first + i);
     in[i] = row_of<const S>(a.in, m), c[i] = row_of<T>(a.c, m) + t.column;

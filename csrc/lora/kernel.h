@@ -65,7 +65,8 @@ struct Term {
   int64_t up_count;
 };
 
-constexpr int64_t kFewest = 32, kFewRanks = 8, kFewOutputs = 64;
+// Rows of a group that are few, at most; ranks and outputs of a task of theirs.
+constexpr int64_t kFewRows = 32, kFewRanks = 8, kFewOutputs = 64;
 
 // kFewRanks ranks, from `rank` on, of the rows [first, first + count); `column` is where c has them.
 struct RanksTask {
@@ -79,7 +80,7 @@ struct OutputsTask {
   int64_t term_count;
 };
 
-// An update of at most kFewest rows of a group: what it takes is to have A and B out of memory, once and as they lie,
+// An update of at most kFewRows rows of a group: what it takes is to have A and B out of memory, once and as they lie,
 // by all threads. First all of c, then out.
 struct FewArgs {
   Element element;
@@ -133,12 +134,9 @@ struct ColumnsArgs {
   uint32_t* out;
 };
 
-// In tiles; words.
+// In tiles; words. c has the size of down, with rows for columns.
 constexpr int64_t down_tiles_size(int64_t ranks, int64_t columns) {
   return (columns + 31) / 32 * ((2 * ranks + 15) / 16) * 256;
-}
-constexpr int64_t c_tiles_size(int64_t rows, int64_t ranks) {
-  return (rows + 31) / 32 * ((2 * ranks + 15) / 16) * 256;
 }
 constexpr int64_t up_tiles_size(int64_t ranks, int64_t columns) {
   return (columns + 15) / 16 * ((3 * ranks + 31) / 32) * 256;

@@ -62,7 +62,7 @@ struct Routing {
   // Whether every row meets all that `width` has room for.
   bool plain() const { return groups.size() == 1 && groups[0].count == M && groups[0].ranks == width; }
   bool has_few_rows() const {
-    return std::all_of(groups.begin(), groups.end(), [](const Block& g) { return g.count <= kFewest; });
+    return std::all_of(groups.begin(), groups.end(), [](const Block& g) { return g.count <= kFewRows; });
   }
   const int64_t* order_data() const { return order.empty() ? nullptr : order.data(); }
 

@@ -72,7 +72,7 @@ struct ColumnTiles {
               const std::vector<int64_t>& columns) {
     for (size_t i = 0; i < groups.size(); ++i) {
       const Block& g = groups[i];
-      const int64_t words = c_tiles_size(g.count, g.ranks);
+      const int64_t words = down_tiles_size(g.ranks, g.count);
       const ColumnsArgs args{order, c, g.first, g.count, columns[i], g.ranks, words ? memory_.take(words) : nullptr};
       of_groups.push_back(args.out);
       if (!words) continue;

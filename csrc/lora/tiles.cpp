@@ -267,7 +267,7 @@ static void update_blocks(const UpdateArgs& a, int64_t begin, int64_t end) {
 
 // ---- the gradient ------------------------------------------------------------------------------------------------
 
-// Rows [32 task, 32 task + 32) of c as tiles [2 ranks / 16][terms], a row of which has 32 rows of c of one rank.
+// Rows [32 term, 32 term + 32) of c as tiles [2 ranks / 16][terms], a row of which has 32 rows of c of one rank.
 static void pack_c(const ColumnsArgs& a, int64_t term, int64_t terms, float* rows) {
   const int64_t width = tiles_of(2 * a.ranks, kSide) * kSide;
   for (int64_t i = 0; i < kPair; ++i) {
@@ -293,12 +293,12 @@ static void pack_c(const ColumnsArgs& a, int64_t term, int64_t terms, float* row
 
 static void pack_columns(const ColumnsArgs& a, int64_t begin, int64_t end) {
   const int64_t width = tiles_of(2 * a.ranks, kSide) * kSide;
-  Scratch scratch(Scratch::take_bytes<float>(kPair * width + kSide));
-  float* rows = scratch.take<float>(kPair * width + kSide);
+  Scratch scratch(Scratch::take_bytes<float>(kPair * width));
+  float* rows = scratch.take<float>(kPair * width);
   for (int64_t term = begin; term < end; ++term) pack_c(a, term, tiles_of(a.count, kPair), rows);
 }
 
-// The same rows of 64 columns of in as tiles [columns / 16][terms], a row of which has a pair of rows.
+// Rows [first, first + 32 terms) of 64 columns of in as tiles [columns / 16][terms], a row of which has a pair of rows.
 static void pack_in(const GradientArgs& a, const Block& g, int64_t column, int64_t first, int64_t terms,
                     uint32_t* out) {
   for (int64_t m = 0; m < terms * 2 * kSide; m += 2) {
